@@ -1,0 +1,97 @@
+"""Into the background, and back to the parent with an answer.
+
+fork(2) with a pipe, before trio or any thread exists. The parent waits on the pipe: the child serves (exit 0), or has said
+why not (its code and one line), or has died without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Started(Protocol):
+    """How the serving process tells its parent."""
+
+    def serving(self) -> None:
+        """The mount serves."""
+
+    def refused(self, code: int, text: str) -> None:
+        """There will be no mount, and why."""
+
+
+class NoParent:
+    """In the foreground nobody waits."""
+
+    def serving(self) -> None:
+        """Nobody to tell."""
+
+    def refused(self, code: int, text: str) -> None:
+        """The log has it."""
+
+
+class _Pipe:
+    def __init__(self, fd: int) -> None:
+        self._fd: int | None = fd
+
+    def serving(self) -> None:
+        _let_go_of_terminal()
+        self._say(b"0")
+
+    def refused(self, code: int, text: str) -> None:
+        self._say(f"{code} {text}".encode(errors="replace"))
+
+    def _say(self, message: bytes) -> None:
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.write(fd, message)
+            os.close(fd)
+
+
+def run(serve: Callable[[Started], int], complain: Callable[[str], None]) -> int:
+    """Run *serve* in the background. Returns, in the parent, when it serves (0) or has failed (its code)."""
+    receive, send = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        os.close(send)
+        with os.fdopen(receive, "rb") as pipe:
+            words = pipe.read().decode(errors="replace").split(" ", 1)
+        if words == ["0"]:
+            return 0
+        if words[0]:
+            complain(words[1])
+            return int(words[0])
+        _, status = os.waitpid(child, 0)
+        complain(f"the server ended before it served ({_ending(status)}); its log says more")
+        return 32
+    os.close(receive)
+    os.setsid()
+    os.chdir("/")
+    code = 32
+    try:
+        code = serve(_Pipe(send))
+    except BaseException:
+        import traceback  # noqa: PLC0415
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _let_go_of_terminal() -> None:
+    """A daemon that kept its terminal's descriptors would keep `ssh host mount ...` from returning."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)

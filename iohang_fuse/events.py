@@ -1,0 +1,68 @@
+"""What happened to an image, as values.
+
+1. Pure: no trio, no os, no clock. Times are the caller's monotonic seconds.
+2. A hang gives one `HangBegan` and one `HangEnded`, however many requests and retries it has (P9).
+3. The same value feeds every listener: the log today, metrics and the monitor beside it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Op(enum.StrEnum):
+    """The kinds of request that can be held; a change of size through an open handle is a WRITE."""
+
+    READ = "read"
+    WRITE = "write"
+    FSYNC = "fsync"
+
+
+@dataclass(frozen=True, slots=True)
+class HangBegan:
+    """An image's first request is held. *errno* is None where an attempt has not returned (a `hard` mount)."""
+
+    image: str
+    op: Op
+    errno: int | None
+    at_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HangEnded:
+    """No request of the image is held any more."""
+
+    image: str
+    errno: int | None
+    at_s: float
+    duration_s: float
+    held_max: int
+    recovered: int
+    given_up: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """The image's first give-up (*on*), or the first attempt that succeeded after it (not *on*)."""
+
+    image: str
+    on: bool
+    op: Op
+    errno: int | None
+    at_s: float
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLimitReached:
+    """A failure was passed on because the data held has reached `held_limit`; once a minute."""
+
+    image: str
+    errno: int
+    at_s: float
+    held_bytes: int
+
+
+Event = HangBegan | HangEnded | TimedOut | HeldLimitReached

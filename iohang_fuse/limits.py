@@ -1,0 +1,153 @@
+"""The limits that keep a mount alive while requests are held: read, raised, and checked against each other.
+
+`problems` is pure; the functions around it read and write the system's settings.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from iohang_fuse import syscalls
+
+MAX_TASKS = 1 << 30
+"""pyfuse3's tasks: one per unanswered request. At the limit nothing is read any more, `stat` and close(2) included, so
+holding must not be able to reach it; the kernel's own limits (max_background, one request per blocked process) come first."""
+
+MIN_TASKS = 64
+"""Idle tasks kept: below that, each burst of requests creates and ends them again."""
+
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
+_FILES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What the system allows. Times in seconds, 0 means no limit."""
+
+    default_request_timeout_s: int = 0
+    max_request_timeout_s: int = 0
+    max_map_count: int = 65530
+    open_files: int = _FILES
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One limit that does not go with another."""
+
+    text: str
+    fatal: bool
+
+
+def read_system() -> System:
+    """The system's limits as they are now. The FUSE timeouts exist from Linux 6.15 on."""
+    return System(
+        default_request_timeout_s=_number("/proc/sys/fs/fuse/default_request_timeout", 0),
+        max_request_timeout_s=_number("/proc/sys/fs/fuse/max_request_timeout", 0),
+        max_map_count=_number("/proc/sys/vm/max_map_count", 65530),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+
+
+def problems(
+    system: System, *, timeout_s: float, shortest_timeout_s: float, interval_s: float, max_background: int
+) -> list[Problem]:
+    """What cannot work together, each with what would be right. *timeout_s* is the longest of the three timeouts."""
+    found = []
+    names = {
+        "fs.fuse.default_request_timeout": system.default_request_timeout_s,
+        "fs.fuse.max_request_timeout": system.max_request_timeout_s,
+    }
+    for name, limit_s in names.items():
+        # An attempt may begin just before the deadline, and the kernel looks at its timeouts once in a while only.
+        needed_s = timeout_s + 60
+        if limit_s and limit_s < needed_s:
+            wanted = "0" if needed_s == math.inf else f"0, or {math.ceil(needed_s)} at least,"
+            found.append(
+                Problem(
+                    f"{name} is {limit_s} s, and the kernel kills the whole mount when a request is older, while timeout "
+                    f"lets one be held for {timeout_s:g} s: set it to {wanted} with `sysctl -w {name}=0`, or lower timeout",
+                    fatal=True,
+                )
+            )
+    if shortest_timeout_s and interval_s >= shortest_timeout_s:
+        found.append(
+            Problem(
+                f"interval is {interval_s:g} s and timeout {shortest_timeout_s:g} s: a request would be given up before it "
+                f"is tried again; using an interval of {effective_interval(shortest_timeout_s, interval_s):g} s",
+                fatal=False,
+            )
+        )
+    # libfuse gives each task a receive buffer of its own, a mapping of 1 MiB.
+    if max_background + 1024 > system.max_map_count:
+        found.append(
+            Problem(
+                f"max_background is {max_background}, and vm.max_map_count ({system.max_map_count}) allows fewer receive "
+                f"buffers: lower it, or set `sysctl -w vm.max_map_count={2 * max_background + 65530}`",
+                fatal=True,
+            )
+        )
+    if system.open_files < 4096:
+        found.append(
+            Problem(
+                f"only {system.open_files} files may be open (RLIMIT_NOFILE), one is needed for each file that the kernel "
+                f"knows of: raise it, for example with LimitNOFILE=1048576 in the unit",
+                fatal=False,
+            )
+        )
+    return found
+
+
+def effective_interval(timeout_s: float, interval_s: float) -> float:
+    """The interval that lets a request be tried again at least twice before its deadline."""
+    return max(0.1, timeout_s / 3) if timeout_s and interval_s >= timeout_s else interval_s
+
+
+def raise_open_files() -> None:
+    """RLIMIT_NOFILE as high as we may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ceiling = min(_FILES, _number("/proc/sys/fs/nr_open", _FILES))
+    for limit in ((ceiling, max(hard, ceiling)), (hard, hard)):
+        if soft >= limit[0]:
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        except (ValueError, OSError):
+            continue  # more than the hard limit takes CAP_SYS_RESOURCE
+        return
+
+
+def set_max_background(device_minor: int, count: int) -> None:
+    """Let the kernel have *count* asynchronous requests in flight on the mount. Its default, 12, is one image's held ones.
+
+    Raises OSError where fusectl is not mounted and cannot be, or the setting is refused.
+    """
+    folder = _CONNECTIONS / str(device_minor)
+    if not folder.exists():
+        syscalls.mount("fusectl", str(_CONNECTIONS), "fusectl")
+    # The threshold first: the kernel refuses nothing, but between the two writes it must not call the queue congested.
+    (folder / "congestion_threshold").write_text(f"{count * 3 // 4}\n")
+    (folder / "max_background").write_text(f"{count}\n")
+    if int((folder / "max_background").read_text()) != count:
+        raise OSError(f"{folder}/max_background did not take {count}")
+
+
+def _number(path: str, otherwise: int) -> int:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return otherwise
+
+
+def alarm_clock() -> None:
+    """A signal a second that interrupts a read from /dev/fuse which nobody answers.
+
+    pyfuse3 reads requests with the interpreter locked, on a blocking descriptor. If a request vanishes between poll and
+    read (its process was killed), the whole server would stand still, timers of held requests included, until the next
+    one comes. EINTR ends that read; pyfuse3 then polls again.
+    """
+    signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)

@@ -1,0 +1,416 @@
+"""A mount from its checks to its end: background, limits, signals, unmount.
+
+One order: everything that can be refused is checked before anything is done; then into the background; then the mount;
+then the parent is told. Unmounting is the reverse, and says who is in the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyfuse3
+import trio
+
+from iohang_fuse import background, limits, logs, source, syscalls
+from iohang_fuse.events import Event, Op
+from iohang_fuse.filesystem import Filesystem
+from iohang_fuse.messages import error_words, sentence
+from iohang_fuse.rehandle import Policy, Request
+from iohang_fuse.requests import Requests
+
+if TYPE_CHECKING:
+    from iohang_fuse.config import Config
+
+log = logging.getLogger(__name__)
+
+SUBTYPE = "iohang-mount"  # findmnt shows fuse.iohang-mount: the type that fstab has, too
+EX_USAGE, EX_SYSTEM, EX_FAILURE = 1, 2, 32  # mount(8), EXIT STATUS
+
+_LAST_CLOSE_S = 10.0
+"""After a second SIGTERM: how long consumers get to close their files before they lose the mount."""
+
+
+class Refusal(Exception):
+    """Why there will be no mount, in one line, and mount(8)'s exit code for it."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """One line of /proc/self/mountinfo."""
+
+    mountpoint: str
+    device_minor: int
+    fstype: str
+    source: str
+
+
+def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool = False) -> int:
+    """Mount and serve. Returns the exit code: of the server in the foreground, of the start in the background."""
+    try:
+        mountpoint = check_paths(config)
+        limits.raise_open_files()
+        check_limits(config)
+    except Refusal as refusal:
+        print(f"iohang-mount: {refusal}", file=sys.stderr)  # noqa: T201
+        return refusal.code
+    if fake:
+        return 0
+    if foreground:
+        with logs.to_stderr_or(config.log, verbose=verbose):
+            return _serve(config, mountpoint, started=background.NoParent())
+    return background.run(
+        lambda started: _in_background(config, mountpoint, verbose=verbose, started=started),
+        complain=lambda text: print(f"iohang-mount: {text}", file=sys.stderr),  # noqa: T201
+    )
+
+
+def _in_background(config: Config, mountpoint: str, *, verbose: bool, started: background.Started) -> int:
+    with logs.to_syslog_or(config.log, verbose=verbose):
+        return _serve(config, mountpoint, started=started)
+
+
+# ---- checks
+
+
+def check_paths(config: Config) -> str:
+    """The mount point without symlinks. Raises `Refusal` if SOURCE or MOUNTPOINT cannot be what they are given as.
+
+    MOUNTPOINT is neither opened nor listed: on an automount that would wait for the mount that we are.
+    """
+    try:
+        if not Path(config.source).is_dir():
+            what = "is not a directory" if Path(config.source).exists() else "does not exist"
+            raise Refusal(EX_FAILURE, f"SOURCE {config.source} {what}")
+        os.scandir(config.source).close()
+    except OSError as error:
+        raise Refusal(EX_FAILURE, f"SOURCE {config.source}: {error_words(error.errno)}") from None
+    origin = os.path.realpath(config.source)
+    mountpoint = os.path.realpath(config.mountpoint)
+    for mounted in mount_table():
+        if mounted.mountpoint == mountpoint and mounted.fstype == f"fuse.{SUBTYPE}":
+            state = "" if _answers(mountpoint) else ", and its server is gone; `umount` it first"
+            raise Refusal(EX_FAILURE, f"{mountpoint} is already an iohang-mount of {mounted.source}{state}")
+    try:
+        is_directory = os.path.isdir(mountpoint)
+    except OSError as error:
+        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint}: {error_words(error.errno)}") from None
+    if not is_directory:
+        what = "is not a directory" if os.path.lexists(mountpoint) else "does not exist"
+        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint} {what}")
+    if _lies_in(origin, mountpoint):
+        raise Refusal(
+            EX_FAILURE, f"SOURCE {origin} lies under MOUNTPOINT {mountpoint}: the mount would hide it"
+        )
+    if _lies_in(mountpoint, origin):
+        raise Refusal(
+            EX_FAILURE, f"MOUNTPOINT {mountpoint} lies under SOURCE {origin}: the mount would show itself"
+        )
+    return mountpoint
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _answers(mountpoint: str) -> bool:
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
+
+
+def mount_table() -> list[Mounted]:
+    """The mounts of this namespace; see proc(5), mountinfo."""
+    table = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        separator = fields.index("-")
+        table.append(
+            Mounted(
+                mountpoint=_unescape(fields[4]),
+                device_minor=int(fields[2].partition(":")[2]),
+                fstype=fields[separator + 1],
+                source=_unescape(fields[separator + 2]),
+            )
+        )
+    return table
+
+
+def _unescape(field: str) -> str:
+    for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
+        field = field.replace(code, character)
+    return field
+
+
+def _longest_timeout_s(config: Config) -> float:
+    return max(config.read_timeout_s, config.write_timeout_s, config.fsync_timeout_s)
+
+
+def check_limits(config: Config) -> None:
+    """Raises `Refusal` with every limit that would kill the mount; the others are warned about when it serves."""
+    fatal = [problem.text for problem in _limit_problems(config) if problem.fatal]
+    if fatal:
+        raise Refusal(EX_SYSTEM, "; ".join(fatal))
+
+
+def _limit_problems(config: Config) -> list[limits.Problem]:
+    timeouts = [t for t in (config.read_timeout_s, config.write_timeout_s, config.fsync_timeout_s) if t]
+    return limits.problems(
+        limits.read_system(),
+        timeout_s=_longest_timeout_s(config),
+        shortest_timeout_s=min(timeouts, default=0),
+        interval_s=config.interval_s,
+        max_background=config.max_background,
+    )
+
+
+# ---- serving
+
+
+def _serve(config: Config, mountpoint: str, *, started: background.Started) -> int:
+    try:
+        return trio.run(_Server(config, mountpoint, started).run)
+    except Refusal as refusal:
+        log.error("%s", refusal)  # noqa: TRY400 - the line says it all
+        started.refused(refusal.code, str(refusal))
+        return refusal.code
+
+
+class _Server:
+    """One serving process."""
+
+    def __init__(self, config: Config, mountpoint: str, started: background.Started) -> None:
+        self._config = config
+        self._mountpoint = mountpoint
+        self._started = started
+        self._requests = Requests(_policy(config), config.held_limit_bytes, [self._log_event])
+        self._detached = False
+
+    async def run(self) -> int:
+        """Mount, serve until unmounted. Raises `Refusal` if the mount fails."""
+        config = self._config
+        os.umask(0)  # the kernel has applied the caller's
+        try:
+            root = source.open_root(str(config.source))
+        except OSError as error:
+            raise Refusal(EX_FAILURE, f"SOURCE {config.source}: {error_words(error.errno)}") from None
+        checks_names = "allow_other" not in config.mount_words or "default_permissions" in config.mount_words
+        filesystem = Filesystem(
+            root,
+            self._requests,
+            attr_timeout_s=config.attr_timeout_s,
+            # Other users, and nobody but SOURCE to check their right to search a directory: ask it each time.
+            entry_timeout_s=config.attr_timeout_s if checks_names else 0,
+            direct=config.direct == "auto",
+        )
+        options = {*config.mount_words, f"fsname={_escaped(str(config.source))}", f"subtype={SUBTYPE}"}
+        try:
+            pyfuse3.init(filesystem, self._mountpoint, options)
+        except RuntimeError as error:
+            raise Refusal(
+                EX_FAILURE, f"the kernel or libfuse refused the mount on {self._mountpoint}: {error}"
+            ) from None
+        limits.alarm_clock()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(filesystem.close_unwanted)
+                nursery.start_soon(self._requests.serve, nursery)
+                nursery.start_soon(self._mind_signals)
+                nursery.start_soon(self._announce)
+                await pyfuse3.main(limits.MIN_TASKS, limits.MAX_TASKS)
+                nursery.cancel_scope.cancel()
+        finally:
+            # Never unmount here. After umount(8) there is nothing to do; after a crash the mount must stay in the way
+            # (ENOTCONN), or QEMU would write into the bare directory beneath.
+            pyfuse3.close(unmount=False)
+        log.info("%s is unmounted", self._mountpoint)
+        return 0
+
+    async def _announce(self) -> None:
+        """Once the mount answers, with all limits in force: say so."""
+        await trio.to_thread.run_sync(os.stat, self._mountpoint)
+        try:
+            await trio.to_thread.run_sync(self._set_max_background)
+        except OSError as error:
+            log.warning(
+                "max_background stays at the kernel's default (12): %s. While more requests than that are held, every image "
+                "of this mount waits. Mount fusectl on /sys/fs/fuse/connections, and mount again.",
+                error,
+            )
+        for problem in _limit_problems(self._config):
+            log.warning("%s", problem.text)
+        timeout_s = _longest_timeout_s(self._config)
+        log.info(
+            "%s is served at %s by process %d: a failed request is tried every %g s and held for up to %s s",
+            self._config.source, self._mountpoint, os.getpid(), _policy(self._config).interval_s, f"{timeout_s:g}",
+        )  # fmt: skip
+        self._started.serving()
+
+    def _set_max_background(self) -> None:
+        ours = [mounted for mounted in mount_table() if mounted.mountpoint == self._mountpoint]
+        limits.set_max_background(ours[-1].device_minor, self._config.max_background)
+
+    # ---- signals
+
+    async def _mind_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+            asked = 0
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    self._dump()
+                    continue
+                asked += 1
+                await self._unmount(signal.Signals(number).name, insist=asked > 1)
+
+    async def _unmount(self, why: str, *, insist: bool) -> None:
+        """The first request unmounts, or says who is in the way; the second one does not take no for an answer (P8)."""
+        if self._detached:
+            pyfuse3.terminate()
+            return
+        flags = syscalls.MNT_DETACH if insist else 0
+        try:
+            await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, flags)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                log.error("%s: cannot unmount %s: %s", why, self._mountpoint, error_words(error.errno))
+                return
+            users = await trio.to_thread.run_sync(users_of, self._mountpoint)
+            held = sum(len(image.held.held) for image in self._requests.images.values())
+            log.warning(
+                "%s: %s stays mounted, it is in use by %s (%d requests held). Stop them, or send the signal again to "
+                "detach the mount and end what is held with an error.",
+                why, self._mountpoint, ", ".join(users) or "the kernel or another mount namespace", held,
+            )  # fmt: skip
+            return
+        if not insist:
+            return
+        self._detached = True
+        self._requests.hold_no_more()
+        log.warning("%s again: %s is detached; held requests have their errors. Open files have %g s to be closed.",
+                    why, self._mountpoint, _LAST_CLOSE_S)  # fmt: skip
+        await trio.sleep(_LAST_CLOSE_S)
+        pyfuse3.terminate()
+
+    # ---- what the log gets
+
+    def _log_event(self, event: Event) -> None:
+        level, text = sentence(event, wall_clock)
+        log.log(level, "%s", text)
+
+    def _dump(self) -> None:
+        """SIGUSR1: everything that waits, and where every task and thread is."""
+        lines = [f"{len(self._requests.images)} images are open"]
+        now = trio.current_time()
+        for image in self._requests.images.values():
+            lines += [
+                _describe(image.held.image, request, now)
+                for request in image.held.trying + image.held.waiting
+            ]
+        root = trio.lowlevel.current_root_task()
+        if root is not None:
+            lines += _task_lines(root)
+        for ident, frame in sys._current_frames().items():  # noqa: SLF001 - faulthandler cannot write to a logger
+            stack = traceback.extract_stack(frame)
+            lines.append(
+                f"thread {ident}: " + " < ".join(f"{s.name}:{s.lineno}" for s in reversed(stack[-4:]))
+            )
+        for line in lines:
+            log.info("%s", line)
+
+
+def _describe(image: str, request: Request, now: float) -> str:
+    deadline = "none" if request.deadline_s is None else wall_clock(request.deadline_s)
+    return (
+        f"{image}: {request.op} of {request.length} bytes at {request.offset}: {request.state.name.lower()}"
+        f"{', held' if request.held else ''}, for {now - request.arrived_s:.1f} s, {request.attempts} attempts, "
+        f"last error {error_words(request.errno) if request.errno else 'none'}, deadline {deadline}"
+    )
+
+
+def _task_lines(root: trio.lowlevel.Task) -> list[str]:
+    lines = []
+    tasks = [root]
+    while tasks:
+        task = tasks.pop()
+        try:
+            stack = [f"{frame.f_code.co_name}:{line}" for frame, line in task.iter_await_frames()]
+        except (RuntimeError, AttributeError, TypeError):  # pyfuse3's handlers are Cython's: no frames
+            stack = ["(compiled)"]
+        lines.append(f"task {task.name}: " + " > ".join(stack[-8:]))
+        tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+    return lines
+
+
+def wall_clock(at_s: float) -> str:
+    """A moment of trio's clock as local time, to the second."""
+    if at_s == float("inf"):
+        return "ever"
+    return time.strftime("%H:%M:%S", time.localtime(time.time() + at_s - trio.current_time()))
+
+
+def users_of(mountpoint: str) -> list[str]:
+    """Processes with something open on *mountpoint*, as `qemu-system-x86 (1234)`. From /proc, never by touching the mount."""
+    users = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and _uses(process, mountpoint):
+            try:
+                name = (process / "comm").read_text().strip()
+            except OSError:
+                continue
+            users.append(f"{name} ({process.name})")
+    return users
+
+
+def _uses(process: Path, mountpoint: str) -> bool:
+    links = [process / "cwd", process / "root", process / "exe"]
+    try:
+        links += [*(process / "fd").iterdir()]
+    except OSError:
+        return False
+    for link in links:
+        try:
+            target = os.readlink(link)
+        except OSError:
+            continue
+        if target == mountpoint or target.startswith(mountpoint.rstrip("/") + "/"):
+            return True
+    try:
+        return f" {mountpoint.rstrip('/')}/" in (process / "maps").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def _policy(config: Config) -> Policy:
+    timeouts = {
+        Op.READ: config.read_timeout_s,
+        Op.WRITE: config.write_timeout_s,
+        Op.FSYNC: config.fsync_timeout_s,
+    }
+    shortest = min((t for t in timeouts.values() if t), default=0)
+    return Policy(
+        timeout_s=timeouts,
+        interval_s=limits.effective_interval(shortest, config.interval_s),
+        errors=config.errors | {errno.EAGAIN},  # EAGAIN: the process could not start a thread, which passes
+        timeout_errno=config.timeout_errno,
+        recovery_gate=config.recovery_gate,
+        blocked_after_s=config.blocked_after_s,
+    )
+
+
+def _escaped(text: str) -> str:
+    """For libfuse's option string: see fuse_opt_parse's treatment of backslashes and commas."""
+    return text.replace("\\", "\\\\").replace(",", "\\,")

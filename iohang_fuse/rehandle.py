@@ -1,0 +1,489 @@
+"""Which requests may try, which are held, and what becomes of them.
+
+1. Every decision about retrying is taken here, and nowhere else.
+2. This module does not know the time (callers pass *now*, monotonic seconds), how an attempt is made, or who waits for
+   the answer. Each call returns a `Step`: the events, and the requests that have to be woken.
+3. One `RehandleList` per image. A request is WAITING, TRYING or ENDED; the transitions are `_start`, `_wait_again` and
+   `_answer`.
+4. A request has one deadline. It is set once, when the request is first held, and nothing moves it (P2).
+
+How a hang goes. A transient failure closes the *recovery gate*: at most `recovery_gate` attempts of the image are in
+flight. Each tick of the timer lets the held requests that have waited longest since their last attempt try again, oldest
+first. The first success opens the gate, and every held request is tried at once.
+
+A request that fails although the gate was open is *stubborn*: a bad sector, or a flap. Successes of others say nothing
+about it, so only the timer tries it again; otherwise every healthy read beside a bad sector would be a retry. When a
+stubborn request does succeed, all others are tried again as well.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+SHARE = 16
+"""Attempts in flight for one image while it is healthy: enough to keep a network busy, and 200 images that all block at
+once still stay within systemd's default TasksMax (4915)."""
+
+TICK_BUDGET = 64
+"""Held requests tried again per tick while the gate is closed: 10,000 held must not cost more than a few ms of CPU per
+interval, and yet 60 bad sectors must not hide that the rest would succeed. Later ticks go on where this one stopped."""
+
+
+class State(enum.Enum):
+    """Where a request stands."""
+
+    WAITING = enum.auto()
+    TRYING = enum.auto()
+    ENDED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The part of the configuration that decisions need. Times in seconds; `errors` are errno numbers."""
+
+    timeout_s: Mapping[Op, float]
+    interval_s: float
+    errors: frozenset[int]
+    timeout_errno: int
+    recovery_gate: int = 4
+    blocked_after_s: float = 5.0
+    share: int = SHARE
+    tick_budget: int = TICK_BUDGET
+
+
+@dataclass(slots=True)
+class HeldBytes:
+    """The data held in all images together, against `held_limit` (P10). Only writes hold data."""
+
+    limit: int
+    held: int = 0
+
+    def take(self, count: int) -> bool:
+        """Account for *count* bytes, unless that would exceed the limit."""
+        if self.held + count > self.limit:
+            return False
+        self.held += count
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One read, write or fsync, from its arrival to its answer."""
+
+    seq: int
+    op: Op
+    offset: int
+    length: int
+    arrived_s: float
+    state: State = State.WAITING
+    attempts: int = 0
+    started_s: float = 0.0  # of the latest attempt
+    failed_s: float = -math.inf  # of the latest failure
+    errno: int | None = None  # of the latest failure
+    deadline_s: float | None = None
+    held: bool = False
+    gate_was_open: bool = False  # when the latest attempt began
+    stubborn: bool = False
+    answer: int | None = None  # the errno to answer, once ENDED by a give-up
+    wake: Callable[[], None] | None = None  # the shell's: whoever waits for this request's next state
+
+    def __lt__(self, other: Request) -> bool:
+        return self.seq < other.seq
+
+
+@dataclass(slots=True)
+class Step:
+    """What a call has led to: events in order, requests to wake, and whether a probe is due."""
+
+    events: list[Event] = field(default_factory=list)
+    woken: list[Request] = field(default_factory=list)
+    probe: bool = False
+
+
+class RehandleList:
+    """All requests of one image that have been accepted and not yet answered."""
+
+    def __init__(self, image: str, policy: Policy, held_bytes: HeldBytes) -> None:
+        self.image = image
+        self.policy = policy
+        self.holding = True  # off: every error is passed on
+        self.timed_out = False
+        self.gate_open = True
+        self.held: dict[int, Request] = {}  # by seq, in the order in which they were first held
+        self.errno: int | None = None  # of the image's latest failure
+        self.offset = 0  # where that was: the probe reads there
+        self._held_bytes = held_bytes
+        self._seq = 0
+        self._trying: dict[int, Request] = {}  # by seq, oldest attempt first
+        self._abandoned = 0  # reads answered while their attempt is still in the system call
+        # Requests that have ended stay in these three until they are met there: removing them would cost a search each.
+        self._ready: list[Request] = []  # heap by seq: may try as soon as there is room
+        self._idle: deque[Request] = (
+            deque()
+        )  # failed; wait for the timer or for a success, longest waiting first
+        self._deadlines: list[tuple[float, Request]] = []  # heap
+        self._success_s = -math.inf  # when the latest attempt that succeeded had begun
+        self._sick_since_s = math.inf
+        self._limit_reported_s = -math.inf
+        self._tick_s = math.inf  # when the timer is due next
+        self._probing = False
+        self._hang: _Hang | None = None
+
+    # ---- what the shell asks
+
+    @property
+    def hanging(self) -> bool:
+        """True from the first held request until none is held any more."""
+        return self._hang is not None
+
+    @property
+    def sick(self) -> bool:
+        """Hanging, or timed out and not yet seen to work again."""
+        return self._hang is not None or self.timed_out
+
+    @property
+    def hang_since_s(self) -> float | None:
+        """When the present hang began."""
+        return None if self._hang is None else self._hang.since_s
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts inside a system call, those of already answered reads included."""
+        return len(self._trying) + self._abandoned
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests outside a system call, oldest first."""
+        return sorted(r for r in (*self._ready, *self._idle) if r.state is State.WAITING)
+
+    @property
+    def trying(self) -> list[Request]:
+        """Requests inside a system call, oldest attempt first."""
+        return [*self._trying.values()]
+
+    @property
+    def next_tick_s(self) -> float:
+        """When `tick` has to be called next; infinity while there is nothing to wait for."""
+        while self._deadlines and self._deadlines[0][1].state is State.ENDED:
+            heapq.heappop(self._deadlines)
+        return min(self._tick_s, self._deadlines[0][0]) if self._deadlines else self._tick_s
+
+    # ---- what happens to a request
+
+    def arrive(self, op: Op, offset: int, length: int, now: float) -> tuple[Request, Step]:
+        """A new request. It may try at once (TRYING) as far as there is room; otherwise it waits its turn."""
+        self._seq += 1
+        request = Request(self._seq, op, offset, length, arrived_s=now)
+        step = Step()
+        if not self._ready and self.in_flight < self._room:
+            self._start(request, now)
+            return request, step
+        heapq.heappush(self._ready, request)
+        self._pump(now, step)
+        if self.sick and request.state is State.WAITING:
+            self._join(request, now, step)
+        return request, step
+
+    def succeeded(self, request: Request, now: float) -> Step:
+        """The attempt of *request* has succeeded; it is answered by its own coroutine."""
+        step = Step()
+        del self._trying[request.seq]
+        request.state = State.ENDED
+        # What began before the trouble did says nothing about it, unless it was what had not returned.
+        if self.sick and (request.held or request.started_s >= self._sick_since_s):
+            self._recover(request.started_s, now, step, everyone=request.stubborn)
+        if request.held:
+            self._release(request, now, step, recovered=True)
+        if self._ready:
+            self._pump(now, step)
+        return step
+
+    def failed(self, request: Request, errno: int, now: float) -> Step:
+        """The attempt of *request* has failed: it is held, given up or passed on."""
+        step = Step()
+        del self._trying[request.seq]
+        request.errno = errno
+        request.failed_s = now
+        if not self.holding or errno not in self.policy.errors or self.policy.timeout_s[request.op] == 0:
+            self._answer(request, errno)
+            if request.held:
+                self._release(request, now, step)
+            self._pump(now, step)
+            return step
+
+        self.errno, self.offset = errno, request.offset
+        if request.started_s >= self._success_s and not request.stubborn:
+            self.gate_open = False
+        if request.deadline_s is not None and now >= request.deadline_s:
+            self._give_up(request, now, step)
+        elif self.timed_out and not request.held:
+            self._answer(request, self.policy.timeout_errno)
+        elif request.held:
+            request.stubborn = request.stubborn or request.gate_was_open
+            self._wait_again(request)
+        else:
+            self._join(request, now, step)
+            if request.held:
+                self._wait_again(request)
+            else:
+                self._answer(request, errno)  # held_limit: passed on as it is
+        self._pump(now, step)
+        return step
+
+    def returned(self, now: float) -> Step:
+        """An attempt has returned whose read had been answered before (an abandoned one)."""
+        step = Step()
+        self._abandoned -= 1
+        self._pump(now, step)
+        return step
+
+    def cancelled(self, request: Request, now: float, *, returned: bool) -> Step:
+        """The coroutine of *request* is gone without an answer. Its attempt has *returned*, or `returned` will come."""
+        step = Step()
+        if self._trying.pop(request.seq, None) is not None and not returned:
+            self._abandoned += 1
+        request.state = State.ENDED
+        if request.held:
+            self._release(request, now, step)
+        return step
+
+    # ---- time and operators
+
+    def tick(self, now: float) -> Step:
+        """The timer: give up what is overdue, and let the held requests try again."""
+        step = Step()
+        self._notice_blocked(now, step)
+        for request in self._overdue(now):
+            self._give_up(request, now, step)
+        if now >= self._tick_s:
+            missed = math.floor((now - self._tick_s) / self.policy.interval_s)
+            self._tick_s += (missed + 1) * self.policy.interval_s
+            budget = self.policy.tick_budget
+            while self._idle and budget:
+                budget -= self._ready_again(self._idle.popleft())
+            if self.timed_out and not self.held and not self._probing:
+                self._probing = step.probe = True
+        self._pump(now, step)
+        if not self.sick:
+            self._tick_s = math.inf
+        return step
+
+    def blocked(self, now: float) -> bool:
+        """Whether an attempt has been in flight for `blocked_after` and is not held yet (a `hard` mount)."""
+        for request in self._trying.values():
+            if request.started_s + self.policy.blocked_after_s > now:
+                return False
+            if request.deadline_s is None and self.policy.timeout_s[request.op] > 0:
+                return True
+        return False
+
+    def probed(self, started_s: float, now: float, *, success: bool) -> Step:
+        """The probe that a `Step` asked for has returned."""
+        step = Step()
+        self._probing = False
+        if success:
+            self._recover(started_s, now, step, everyone=False)
+            self._pump(now, step)
+        return step
+
+    def retry(self, now: float) -> Step:
+        """An operator: try all held requests now, as far as the gate allows."""
+        step = Step()
+        while self._idle:
+            self._ready_again(self._idle.popleft())
+        self._pump(now, step)
+        return step
+
+    def end(self, now: float) -> Step:
+        """An operator: answer every request that waits. Writes in flight end when their attempt returns (P5)."""
+        step = Step()
+        for request in self.waiting:
+            self._give_up(request, now, step)
+        for request in [*self._trying.values()]:
+            request.deadline_s = now
+            if request.op is Op.READ:
+                self._give_up(request, now, step)
+        return step
+
+    def closed(self, now: float) -> Step:
+        """The image's last handle is closed: nobody is left to notice whether it works again."""
+        step = Step()
+        if self.timed_out:
+            self._leave_timed_out(now, step)
+        return step
+
+    # ---- transitions
+
+    @property
+    def _room(self) -> int:
+        return self.policy.share if self.gate_open else self.policy.recovery_gate
+
+    def _pump(self, now: float, step: Step) -> None:
+        """Start what may start, oldest first."""
+        while self._ready and self.in_flight < self._room:
+            request = heapq.heappop(self._ready)
+            if request.state is State.WAITING:
+                self._start(request, now)
+                step.woken.append(request)
+
+    def _start(self, request: Request, now: float) -> None:
+        request.state = State.TRYING
+        request.attempts += 1
+        request.started_s = now
+        request.gate_was_open = self.gate_open
+        self._trying[request.seq] = request
+
+    def _ready_again(self, request: Request) -> bool:
+        if request.state is State.WAITING:
+            heapq.heappush(self._ready, request)
+        return request.state is State.WAITING
+
+    def _wait_again(self, request: Request) -> None:
+        request.state = State.WAITING
+        self._idle.append(request)
+
+    def _join(self, request: Request, now: float, step: Step) -> None:
+        """Give *request* its deadline, and hold it. Without room for its data it is not held, but its wait ends too."""
+        timeout_s = self.policy.timeout_s[request.op]
+        if timeout_s == 0 or not self.holding:
+            return
+        if request.deadline_s is None:
+            request.deadline_s = now + timeout_s
+            if timeout_s != math.inf:
+                heapq.heappush(self._deadlines, (request.deadline_s, request))
+        if self.timed_out:
+            return
+        if request.op is Op.WRITE and not self._held_bytes.take(request.length):
+            self._report_limit(request, now, step)
+            return
+        request.held = True
+        self.held[request.seq] = request
+        if self._hang is None:
+            self._begin(request, now, step)
+        assert self._hang is not None
+        self._hang.held_max = max(self._hang.held_max, len(self.held))
+
+    def _begin(self, request: Request, now: float, step: Step) -> None:
+        self._hang = _Hang(since_s=now, errno=request.errno)
+        self._tick_s = now + self.policy.interval_s
+        self._sick_since_s = now
+        assert request.deadline_s is not None
+        step.events.append(HangBegan(self.image, request.op, request.errno, now, request.deadline_s))
+        for waiting in sorted(self._ready):
+            if waiting.state is State.WAITING:
+                self._join(waiting, now, step)
+
+    def _release(self, request: Request, now: float, step: Step, *, recovered: bool = False) -> None:
+        """*request* is held no more. The hang ends with the last one."""
+        request.held = False
+        del self.held[request.seq]
+        if request.op is Op.WRITE:
+            self._held_bytes.held -= request.length
+        hang = self._hang
+        assert hang is not None
+        hang.recovered += recovered
+        if not self.held:
+            self._hang = None
+            if not self.timed_out:
+                self._tick_s = math.inf
+                self.gate_open = True
+            step.events.append(
+                HangEnded(
+                    self.image,
+                    hang.errno,
+                    now,
+                    now - hang.since_s,
+                    hang.held_max,
+                    hang.recovered,
+                    hang.given_up,
+                )
+            )
+
+    def _recover(self, started_s: float, now: float, step: Step, *, everyone: bool) -> None:
+        """An attempt that began at *started_s* has succeeded: open the gate, and try again what failed before it."""
+        self._success_s = max(self._success_s, started_s)
+        self.gate_open = True
+        if self.timed_out:
+            self._leave_timed_out(now, step)
+        still_idle: deque[Request] = deque()
+        for request in self._idle:
+            if request.failed_s <= started_s and (everyone or not request.stubborn):
+                self._ready_again(request)
+            else:
+                still_idle.append(request)
+        self._idle = still_idle
+
+    def _leave_timed_out(self, now: float, step: Step) -> None:
+        self.timed_out = False
+        if not self.held:
+            self._tick_s = math.inf
+            self.gate_open = True
+        step.events.append(TimedOut(self.image, False, Op.READ, self.errno, now, len(self.held)))  # noqa: FBT003
+
+    def _overdue(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed and that may be answered now.
+
+        A write or fsync in flight may not (P5): `failed` looks at its deadline when the attempt returns.
+        """
+        overdue = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[1]
+            if request.state is State.WAITING or (request.state is State.TRYING and request.op is Op.READ):
+                overdue.append(request)
+        return overdue
+
+    def _give_up(self, request: Request, now: float, step: Step) -> None:
+        """Answer *request* with `timeout_errno`; the image's first give-up makes it timed out."""
+        if self._trying.pop(request.seq, None) is not None:
+            self._abandoned += 1
+        self._answer(request, self.policy.timeout_errno)
+        step.woken.append(request)
+        if not self.timed_out:
+            self.timed_out = True
+            self._sick_since_s = min(self._sick_since_s, now)
+            if self._tick_s == math.inf:
+                self._tick_s = now + self.policy.interval_s
+            step.events.append(TimedOut(self.image, True, request.op, request.errno, now, len(self.held)))  # noqa: FBT003
+        if request.held:
+            assert self._hang is not None
+            self._hang.given_up += 1
+            self._release(request, now, step)
+
+    def _answer(self, request: Request, errno: int) -> None:
+        request.state = State.ENDED
+        request.answer = errno
+
+    def _notice_blocked(self, now: float, step: Step) -> None:
+        for request in [*self._trying.values()]:
+            if request.started_s + self.policy.blocked_after_s > now:
+                break
+            if not request.held and self.policy.timeout_s[request.op] > 0 and request.deadline_s is None:
+                self._join(request, now, step)
+                self.gate_open = False
+
+    def _report_limit(self, request: Request, now: float, step: Step) -> None:
+        if now - self._limit_reported_s >= 60:  # a message a minute: each failure beyond the limit comes here
+            self._limit_reported_s = now
+            errno = request.errno if request.errno is not None else self.errno
+            step.events.append(HeldLimitReached(self.image, errno or 0, now, self._held_bytes.held))
+
+
+@dataclass(slots=True)
+class _Hang:
+    """What the end of a hang will say about it."""
+
+    since_s: float
+    errno: int | None
+    held_max: int = 0
+    recovered: int = 0
+    given_up: int = 0

@@ -1,0 +1,395 @@
+"""Every metadata system call on SOURCE.
+
+1. Everything here blocks, so everything here runs in a worker thread; nothing here knows trio or pyfuse3.
+2. Everything is relative to a descriptor: a name is looked up in an O_PATH descriptor of its directory and never followed,
+   and an inode is worked on through /proc/self/fd of its own O_PATH descriptor. So no symlink, no `..` and no race
+   between two calls can lead out of SOURCE.
+3. Everything is done as the calling user (fsuid, fsgid and groups of this thread alone), so that permissions are checked,
+   and objects owned, as SOURCE itself would have it, also under root_squash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from iohang_fuse import syscalls
+from iohang_fuse.inodes import Key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+RENAME_EXCHANGE = 2  # linux/fs.h
+_FMODE_EXEC = 0x20  # linux/fs.h: open for execve(2); the kernel passes it on in FUSE's open flags
+
+# Direct I/O without alignment, answered when the server has the data: NFS also commits before it answers (see
+# nfs_direct_write_completion), the others are asked to by O_DSYNC. Elsewhere (ext4, xfs) it would need aligned memory.
+_DIRECT_AND_STABLE = frozenset({syscalls.NFS_SUPER_MAGIC})
+_DIRECT = frozenset({
+    syscalls.NFS_SUPER_MAGIC,
+    syscalls.FUSE_SUPER_MAGIC,
+    syscalls.CIFS_SUPER_MAGIC,
+    syscalls.SMB2_SUPER_MAGIC,
+    syscalls.CEPH_SUPER_MAGIC,
+})  # fmt: skip
+_KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+
+
+class Caller(NamedTuple):
+    """Who asks: what FUSE tells of the process behind a request."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+SERVER = Caller(0, 0, 0)
+"""Ourselves."""
+
+
+class Found(NamedTuple):
+    """An inode of SOURCE: a new O_PATH descriptor of it, its identity and its attributes."""
+
+    fd: int
+    key: Key
+    stat: os.stat_result
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a setattr changes; None leaves a field as it is. Times in nanoseconds."""
+
+    size: int | None = None
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    times_may_mean_now: bool = False
+
+
+@contextlib.contextmanager
+def acting_as(caller: Caller, *, with_groups: bool = True) -> Iterator[None]:
+    """Be *caller* towards file systems, in this thread, until the end of the block.
+
+    Raises EPERM where that is impossible. A server that is not root serves its own user only and stays itself.
+    """
+    if (caller.uid == 0 and caller.gid == 0) or os.geteuid() != 0:
+        yield
+        return
+    own_groups = os.getgroups()
+    try:
+        if with_groups:
+            syscalls.set_thread_groups(_groups(caller.pid))
+        syscalls.setfsgid(caller.gid)
+        syscalls.setfsuid(caller.uid)
+        yield
+    finally:
+        syscalls.setfsuid(0)
+        syscalls.setfsgid(0)
+        if with_groups:
+            syscalls.set_thread_groups(own_groups)
+
+
+def _groups(pid: int) -> list[int]:
+    """Supplementary groups of *pid*, none if it is gone: FUSE does not tell them."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("Groups:"):
+                    return [int(word) for word in line.split()[1:]]
+    except OSError:
+        pass
+    return []
+
+
+def by_descriptor(fd: int) -> str:
+    """A path that leads to the very inode of *fd*, be it a symlink, renamed or unlinked."""
+    return f"/proc/self/fd/{fd}"
+
+
+def identify(fd: int) -> Found:
+    """Identity and attributes of an O_PATH descriptor, which is closed if that fails."""
+    try:
+        attributes = os.fstat(fd)
+        return Found(fd, Key(attributes.st_dev, attributes.st_ino, syscalls.file_handle(fd)), attributes)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_root(path: str) -> Found:
+    """The root of SOURCE. Raises ENOTDIR, ENOENT, EACCES."""
+    return identify(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+def lookup(directory: int, name: bytes, caller: Caller) -> Found:
+    """The inode behind one *name*; a symlink is found itself. Raises ENOENT, EACCES, ENAMETOOLONG."""
+    if name in {b".", b".."} or b"/" in name:
+        raise OSError(errno.EINVAL, "not the name of an entry", name)
+    with acting_as(caller):
+        return identify(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
+
+
+def lookup_listed(directory: int, names: Sequence[bytes], caller: Caller) -> list[Found | None]:
+    """The inodes behind names that a listing gave; None for what has vanished since.
+
+    A caller who may list a directory but not search it still gets the entries: found as the server, then.
+    """
+    found: list[Found | None] = []
+    for name in names:
+        try:
+            found.append(lookup(directory, name, caller))
+        except PermissionError:
+            try:
+                found.append(lookup(directory, name, SERVER))
+            except OSError:
+                found.append(None)
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ESTALE}:
+                discard(found)
+                raise
+            found.append(None)
+    return found
+
+
+def discard(found: Sequence[Found | None]) -> None:
+    """Close the descriptors of what has been found and is not wanted."""
+    close_all([one.fd for one in found if one is not None])
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors; the last one of an unlinked file may cost I/O."""
+    for fd in descriptors:
+        os.close(fd)
+
+
+def change(fd: int, attributes: Attributes, caller: Caller) -> os.stat_result:
+    """Change attributes in the order in which SOURCE's kernel would not undo one by the next; return the new ones."""
+    path = by_descriptor(fd)
+    with acting_as(caller):
+        if attributes.uid is not None or attributes.gid is not None:
+            keep = -1  # chown(2): leave this one as it is
+            os.chown(
+                path,
+                keep if attributes.uid is None else attributes.uid,
+                keep if attributes.gid is None else attributes.gid,
+            )
+        if attributes.mode is not None:
+            os.chmod(path, stat.S_IMODE(attributes.mode))
+        if attributes.size is not None:
+            os.truncate(path, attributes.size)
+        if attributes.atime_ns is not None or attributes.mtime_ns is not None:
+            _set_times(path, fd, attributes)
+    return os.fstat(fd)
+
+
+def _set_times(path: str, fd: int, attributes: Attributes) -> None:
+    old = os.fstat(fd)
+    atime_ns = old.st_atime_ns if attributes.atime_ns is None else attributes.atime_ns
+    mtime_ns = old.st_mtime_ns if attributes.mtime_ns is None else attributes.mtime_ns
+    try:
+        os.utime(path, ns=(atime_ns, mtime_ns))
+    except PermissionError:
+        # Who may write but does not own may set both times to now, and to nothing else (utimensat(2)). pyfuse3 has
+        # replaced "now" by its own clock.
+        if not attributes.times_may_mean_now:
+            raise
+        os.utime(path)
+
+
+def readlink(fd: int, caller: Caller) -> bytes:
+    """The target of a symlink."""
+    with acting_as(caller):
+        return os.readlink(b"", dir_fd=fd)
+
+
+def make_node(directory: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Found:
+    """A regular file, FIFO, socket or device node, as mknod(2)."""
+    with acting_as(caller):
+        os.mknod(name, mode, rdev, dir_fd=directory)
+    return lookup(directory, name, caller)
+
+
+def make_directory(directory: int, name: bytes, mode: int, caller: Caller) -> Found:
+    """A directory, as mkdir(2); set-group-ID and sticky bits survive, which mkdir(2) itself may ignore."""
+    with acting_as(caller):
+        os.mkdir(name, stat.S_IMODE(mode), dir_fd=directory)
+    return lookup(directory, name, caller)
+
+
+def make_symlink(directory: int, name: bytes, target: bytes, caller: Caller) -> Found:
+    """A symlink to *target*, which is never followed here."""
+    with acting_as(caller):
+        os.symlink(target, name, dir_fd=directory)
+    return lookup(directory, name, caller)
+
+
+def make_link(fd: int, directory: int, name: bytes, caller: Caller) -> Found:
+    """One more name for the inode of *fd*."""
+    with acting_as(caller):
+        os.link(by_descriptor(fd), name, dst_dir_fd=directory, follow_symlinks=True)
+    return lookup(directory, name, caller)
+
+
+def unlink(directory: int, name: bytes, caller: Caller) -> None:
+    """Remove a name."""
+    with acting_as(caller):
+        os.unlink(name, dir_fd=directory)
+
+
+def remove_directory(directory: int, name: bytes, caller: Caller) -> None:
+    """Remove an empty directory."""
+    with acting_as(caller):
+        os.rmdir(name, dir_fd=directory)
+
+
+def rename(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int, caller: Caller) -> None:
+    """rename(2) with renameat2(2)'s flags."""
+    with acting_as(caller):
+        syscalls.renameat2(old_dir, old, new_dir, new, flags)
+
+
+def open_directory(fd: int, caller: Caller) -> int:
+    """A descriptor for listing and syncing a directory."""
+    with acting_as(caller):
+        return os.open(by_descriptor(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def list_names(fd: int) -> list[bytes]:
+    """All names in a directory, `.` and `..` first: one consistent reading, however it changes afterwards."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    return [b".", b"..", *(os.fsencode(name) for name in os.listdir(fd))]
+
+
+def permitted(fd: int, mode: int, caller: Caller) -> bool:
+    """access(2), as the caller's file-system identity."""
+    with acting_as(caller):
+        return os.access(by_descriptor(fd), mode, effective_ids=True)
+
+
+def get_xattr(fd: int, name: bytes, caller: Caller) -> bytes:
+    """Raises ENODATA, EOPNOTSUPP."""
+    with acting_as(caller):
+        return os.getxattr(by_descriptor(fd), name)
+
+
+def set_xattr(fd: int, name: bytes, value: bytes, caller: Caller) -> None:
+    """Set one extended attribute, new or not."""
+    with acting_as(caller):
+        os.setxattr(by_descriptor(fd), name, value)
+
+
+def list_xattrs(fd: int, caller: Caller) -> list[bytes]:
+    """Names of the extended attributes that the caller may see."""
+    with acting_as(caller):
+        return [os.fsencode(name) for name in os.listxattr(by_descriptor(fd))]
+
+
+def remove_xattr(fd: int, name: bytes, caller: Caller) -> None:
+    """Raises ENODATA."""
+    with acting_as(caller):
+        os.removexattr(by_descriptor(fd), name)
+
+
+# ---- opening for data
+
+
+class Opened(NamedTuple):
+    """A data descriptor, and the flags with which another one like it is opened (None: this one serves all writes)."""
+
+    fd: int
+    spare_flags: int | None
+
+
+def open_data(fd: int, flags: int, caller: Caller, *, direct: bool) -> Opened:
+    """Open a regular file for data so that the result of every write is final.
+
+    An fsync on Linux reports a failed writeback once and then forgets it. So nothing is ever left to writeback: a write
+    goes past the page cache (O_DIRECT) where SOURCE takes it unaligned, and is synchronous (O_DSYNC) where that alone does
+    not make it stable.
+    """
+    attributes = os.fstat(fd)
+    if not stat.S_ISREG(
+        attributes.st_mode
+    ):  # the kernel opens FIFOs and devices itself: only a race can lead here
+        raise OSError(errno.EINVAL, "not a regular file")
+    kept = flags & _KEPT_FLAGS | os.O_CLOEXEC
+    backing = _backing_flags(fd, direct=direct)
+    path = by_descriptor(fd)
+    with acting_as(caller):
+        # First as asked, with O_TRUNC once: what follows must not truncate again.
+        try:
+            data = os.open(path, kept | (flags & os.O_TRUNC) | (backing & os.O_DSYNC))
+        except PermissionError:
+            if not flags & _FMODE_EXEC or not os.access(path, os.X_OK, effective_ids=True):
+                raise
+            data = -1
+    if data < 0:  # execve(2) of a file that may be executed but not read: the kernel reads it, not the caller
+        data = os.open(path, kept | (backing & os.O_DSYNC))
+    return _make_final(data, kept, backing)
+
+
+def create_data(
+    directory: int, name: bytes, mode: int, flags: int, caller: Caller, *, direct: bool
+) -> tuple[Opened, Found]:
+    """Create (or, without O_EXCL, open) a regular file for data, as `open_data`."""
+    kept = flags & _KEPT_FLAGS | os.O_CLOEXEC
+    backing = _backing_flags(directory, direct=direct)
+    with acting_as(caller):
+        data = os.open(
+            name,
+            kept
+            | os.O_CREAT
+            | os.O_NOFOLLOW
+            | os.O_NONBLOCK  # a FIFO that got in between must not stop this thread
+            | (flags & (os.O_EXCL | os.O_TRUNC))
+            | (backing & os.O_DSYNC),
+            stat.S_IMODE(mode),
+            dir_fd=directory,
+        )
+    try:
+        if not stat.S_ISREG(os.fstat(data).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        os.set_blocking(data, True)
+        found = identify(os.open(by_descriptor(data), os.O_PATH | os.O_CLOEXEC))
+    except BaseException:
+        os.close(data)
+        raise
+    return _make_final(data, kept, backing), found
+
+
+def _backing_flags(fd: int, *, direct: bool) -> int:
+    magic = syscalls.file_system_magic(fd)
+    if direct and magic in _DIRECT:
+        return os.O_DIRECT | (0 if magic in _DIRECT_AND_STABLE else os.O_DSYNC)
+    return os.O_DSYNC
+
+
+def _make_final(data: int, kept: int, backing: int) -> Opened:
+    """Switch direct I/O on, or fall back to O_DSYNC where SOURCE refuses it (a FUSE file system may).
+
+    Afterwards and with fcntl(2): a refused open(2) would already have created or truncated the file.
+    """
+    if backing & os.O_DIRECT:
+        try:
+            fcntl.fcntl(data, fcntl.F_SETFL, fcntl.fcntl(data, fcntl.F_GETFL) | os.O_DIRECT)
+        except OSError:
+            backing = backing & ~os.O_DIRECT | os.O_DSYNC
+            if not kept & os.O_DSYNC:
+                data = _reopen_synchronous(data, kept)
+    if kept & os.O_ACCMODE == os.O_RDONLY or not backing & os.O_DSYNC:
+        return Opened(data, None)
+    return Opened(data, kept | backing)
+
+
+def _reopen_synchronous(data: int, kept: int) -> int:
+    try:
+        return os.open(by_descriptor(data), kept | os.O_DSYNC)
+    finally:
+        os.close(data)

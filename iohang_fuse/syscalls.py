@@ -1,0 +1,100 @@
+"""System calls that Python 3.11 has no function for. Nothing is decided here.
+
+Each raises OSError with the call's errno. Worker threads may call all of them; setfsuid(2), setfsgid(2) and
+`set_thread_groups` act on the calling thread alone, which is why glibc's setgroups(3) - it tells all threads - is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from typing import Any
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# setgroups(2) by number: asm/unistd.h
+_SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "ppc64le": 81, "s390x": 206, "riscv64": 159}[
+    platform.machine()
+]
+_MAX_HANDLE_SZ = 128  # linux/exportfs.h
+_AT_EMPTY_PATH = 0x1000
+
+MNT_DETACH = 2
+
+NFS_SUPER_MAGIC = 0x6969
+FUSE_SUPER_MAGIC = 0x65735546
+CIFS_SUPER_MAGIC = 0xFF534D42
+SMB2_SUPER_MAGIC = 0xFE534D42
+CEPH_SUPER_MAGIC = 0x00C36400
+
+
+class _FileHandle(ctypes.Structure):
+    _fields_ = (
+        ("handle_bytes", ctypes.c_uint),
+        ("handle_type", ctypes.c_int),
+        ("f_handle", ctypes.c_ubyte * _MAX_HANDLE_SZ),
+    )
+
+
+def _check(result: int, *names: bytes) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), *names[:1])
+
+
+def setfsuid(uid: int) -> None:
+    """Act as *uid* on files, in this thread. Raises EPERM if the kernel did not do it: the call itself reports nothing."""
+    _libc.setfsuid(ctypes.c_uint(uid))
+    if _libc.setfsuid(ctypes.c_uint(0xFFFFFFFF)) != ctypes.c_int(uid).value:
+        raise OSError(errno.EPERM, f"setfsuid({uid})")
+
+
+def setfsgid(gid: int) -> None:
+    """Act as *gid* on files, in this thread. Raises EPERM if the kernel did not do it."""
+    _libc.setfsgid(ctypes.c_uint(gid))
+    if _libc.setfsgid(ctypes.c_uint(0xFFFFFFFF)) != ctypes.c_int(gid).value:
+        raise OSError(errno.EPERM, f"setfsgid({gid})")
+
+
+def set_thread_groups(groups: list[int]) -> None:
+    """Set the supplementary groups of this thread alone."""
+    array: Any = (ctypes.c_uint * len(groups))(*groups)
+    _check(_libc.syscall(ctypes.c_long(_SYS_SETGROUPS), ctypes.c_size_t(len(groups)), array))
+
+
+def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
+    """rename(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT."""
+    _check(_libc.renameat2(old_dir, old, new_dir, new, ctypes.c_uint(flags)), old)
+
+
+def file_handle(fd: int) -> bytes:
+    """The kernel's handle of an open file: it has the generation, so it tells a reused inode number from the old one.
+
+    Empty where the file system has no handles; see name_to_handle_at(2).
+    """
+    handle = _FileHandle(handle_bytes=_MAX_HANDLE_SZ)
+    mount_id = ctypes.c_int()
+    result = _libc.name_to_handle_at(
+        fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), ctypes.c_int(_AT_EMPTY_PATH)
+    )
+    if result != 0:
+        return b""
+    return bytes(handle.f_handle[: handle.handle_bytes])
+
+
+def file_system_magic(fd: int) -> int:
+    """f_type of statfs(2), which os.statvfs leaves out."""
+    buffer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type is its first word
+    _check(_libc.fstatfs(fd, buffer))
+    return int(ctypes.cast(buffer, ctypes.POINTER(ctypes.c_long))[0]) & 0xFFFFFFFF
+
+
+def mount(source: str, target: str, fstype: str) -> None:
+    """mount(2) without flags or data."""
+    _check(_libc.mount(source.encode(), os.fsencode(target), fstype.encode(), ctypes.c_ulong(0), None))
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2). Raises EBUSY while somebody uses the mount, unless *flags* is MNT_DETACH."""
+    _check(_libc.umount2(os.fsencode(target), ctypes.c_int(flags)), os.fsencode(target))
