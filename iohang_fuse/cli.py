@@ -22,8 +22,8 @@ HELPER = "mount.iohang"
 
 AMOUNTS_TO = (
     "With the defaults, a read, write or fsync that fails with one of these errors is held for up to a minute,"
-    " and tried again every five seconds. If SOURCE works again in time, the guest has seen a pause. If not, it"
-    " sees EIO; what fails after that is answered at once, until SOURCE works again."
+    " and tried again every five seconds. If SOURCE works again in time, the guest has seen a pause."
+    " If not, it sees EIO; what fails after that is answered at once, until SOURCE works again."
 )
 
 

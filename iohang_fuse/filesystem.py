@@ -24,7 +24,7 @@ from iohang_fuse import source
 from iohang_fuse.engine import Backing
 from iohang_fuse.events import Op
 from iohang_fuse.inodes import ROOT, Inodes, Node
-from iohang_fuse.source import Attributes, Caller, Found
+from iohang_fuse.source import Attributes, Caller, Found, Stability
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -83,14 +83,20 @@ class Filesystem(pyfuse3.Operations):
     bugs = 0
 
     def __init__(
-        self, root: Found, requests: Requests, *, attr_timeout_s: float, entry_timeout_s: float, direct: bool
+        self,
+        root: Found,
+        requests: Requests,
+        *,
+        attr_timeout_s: float,
+        entry_timeout_s: float,
+        stability: Stability,
     ) -> None:
         super().__init__()
         self._inodes = Inodes(root.key, root.fd)
         self._requests = requests
         self._attr_timeout_s = attr_timeout_s
         self._entry_timeout_s = entry_timeout_s
-        self._direct = direct
+        self._stability = stability
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
         self._limiter = trio.CapacityLimiter(METADATA_THREADS)
@@ -439,9 +445,7 @@ class Filesystem(pyfuse3.Operations):
     @_translated
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         node, caller = self._node(inode), _caller(ctx)
-        opened = await self._do(
-            functools.partial(source.open_data, node.fd, flags, caller, direct=self._direct)
-        )
+        opened = await self._do(source.open_data, node.fd, flags, caller, self._stability)
         handle = self._requests.opened(inode, self._name(node), Backing(*opened, caller), flags)
         if flags & os.O_TRUNC:
             handle.image.truncated(0)
@@ -453,7 +457,7 @@ class Filesystem(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         parent, caller = self._node(parent_inode), _caller(ctx)
         opened, found = await self._do(
-            functools.partial(source.create_data, parent.fd, name, mode, flags, caller, direct=self._direct)
+            source.create_data, parent.fd, name, mode, flags, caller, self._stability
         )
         entry = self._looked_up(found, parent_inode, name)
         node = self._node(entry.st_ino)

@@ -26,6 +26,7 @@ from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.messages import error_words, sentence
 from iohang_fuse.rehandle import Policy, Request
 from iohang_fuse.requests import Requests
+from iohang_fuse.source import Stability
 
 if TYPE_CHECKING:
     from iohang_fuse.config import Config
@@ -215,7 +216,7 @@ class _Server:
             attr_timeout_s=config.attr_timeout_s,
             # Other users, and nobody but SOURCE to check their right to search a directory: ask it each time.
             entry_timeout_s=config.attr_timeout_s if checks_names else 0,
-            direct=config.direct == "auto",
+            stability=Stability.DIRECT if config.direct == "auto" else Stability.SYNCHRONOUS,
         )
         options = {*config.mount_words, f"fsname={_escaped(str(config.source))}", f"subtype={SUBTYPE}"}
         try:

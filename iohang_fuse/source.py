@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import fcntl
 import os
@@ -38,6 +39,14 @@ _DIRECT = frozenset({
     syscalls.CEPH_SUPER_MAGIC,
 })  # fmt: skip
 _KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+
+
+class Stability(enum.Enum):
+    """When a write on a backing file is answered."""
+
+    DIRECT = enum.auto()  # stable, past the page cache where SOURCE takes that unaligned
+    SYNCHRONOUS = enum.auto()  # stable, through the page cache
+    LAZY = enum.auto()  # left to a later fsync: for a source that is a test's, not a guest's
 
 
 class Caller(NamedTuple):
@@ -307,7 +316,7 @@ class Opened(NamedTuple):
     spare_flags: int | None
 
 
-def open_data(fd: int, flags: int, caller: Caller, *, direct: bool) -> Opened:
+def open_data(fd: int, flags: int, caller: Caller, stability: Stability) -> Opened:
     """Open a regular file for data so that the result of every write is final.
 
     An fsync on Linux reports a failed writeback once and then forgets it. So nothing is ever left to writeback: a write
@@ -320,7 +329,7 @@ def open_data(fd: int, flags: int, caller: Caller, *, direct: bool) -> Opened:
     ):  # the kernel opens FIFOs and devices itself: only a race can lead here
         raise OSError(errno.EINVAL, "not a regular file")
     kept = flags & _KEPT_FLAGS | os.O_CLOEXEC
-    backing = _backing_flags(fd, direct=direct)
+    backing = _backing_flags(fd, stability)
     path = by_descriptor(fd)
     with acting_as(caller):
         # First as asked, with O_TRUNC once: what follows must not truncate again.
@@ -336,11 +345,11 @@ def open_data(fd: int, flags: int, caller: Caller, *, direct: bool) -> Opened:
 
 
 def create_data(
-    directory: int, name: bytes, mode: int, flags: int, caller: Caller, *, direct: bool
+    directory: int, name: bytes, mode: int, flags: int, caller: Caller, stability: Stability
 ) -> tuple[Opened, Found]:
     """Create (or, without O_EXCL, open) a regular file for data, as `open_data`."""
     kept = flags & _KEPT_FLAGS | os.O_CLOEXEC
-    backing = _backing_flags(directory, direct=direct)
+    backing = _backing_flags(directory, stability)
     with acting_as(caller):
         data = os.open(
             name,
@@ -364,9 +373,11 @@ def create_data(
     return _make_final(data, kept, backing), found
 
 
-def _backing_flags(fd: int, *, direct: bool) -> int:
+def _backing_flags(fd: int, stability: Stability) -> int:
+    if stability is Stability.LAZY:
+        return 0
     magic = syscalls.file_system_magic(fd)
-    if direct and magic in _DIRECT:
+    if stability is Stability.DIRECT and magic in _DIRECT:
         return os.O_DIRECT | (0 if magic in _DIRECT_AND_STABLE else os.O_DSYNC)
     return os.O_DSYNC
 
