@@ -66,8 +66,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _text(value: object) -> str:
-    """What the patterns below are matched with. A boolean is no number here, and matches none of them."""
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    """What the patterns below are matched with; no boolean, mapping or list matches any of them."""
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def parse_span(value: object) -> float:
@@ -77,9 +77,7 @@ def parse_span(value: object) -> float:
         return math.inf
     match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ms|s|min|h|d|)", text)
     if match is None:
-        raise ValueError(
-            f"{shown(value)} is no span of time; say 90 (seconds), 90s, 500ms, 5min, 2h, 1d or inf"
-        )
+        raise ValueError(f"{shown(value)} is no span of time; say 90 (seconds), 90s, 500ms, 5min, 2h, 1d or inf")
     unit_s = {"ms": "0.001", "s": "1", "": "1", "min": "60", "h": "3600", "d": "86400"}[match[2]]
     seconds = Decimal(match[1]) * Decimal(unit_s)
     if seconds > LONGEST_SPAN_S:
@@ -107,9 +105,7 @@ def parse_path(value: object) -> Path:
         # Beyond a link, `..` is not the parent that the text shows. Reading links opens and lists nothing.
         return Path(os.path.realpath(text)) if ".." in Path(text).parts else Path(text).absolute()
     except OSError as error:
-        raise ValueError(
-            f"{shown(value)}: no current directory ({error.strerror}); say an absolute path"
-        ) from error
+        raise ValueError(f"{shown(value)}: no current directory ({error.strerror}); say an absolute path") from error
 
 
 def parse_errnos(value: object) -> frozenset[int]:
@@ -123,9 +119,7 @@ def parse_errnos(value: object) -> frozenset[int]:
         if name not in ERRNOS:
             raise ValueError(f"{shown(given)} is no error's name{nearest(name, ERRNOS) or '; see errno(3)'}")
         if name in NEVER_TRANSIENT:
-            raise ValueError(
-                f"{name} is never transient: the same request would always fail so; leave it out"
-            )
+            raise ValueError(f"{name} is never transient: the same request would always fail so; leave it out")
         if name in RETRIED_AT_ONCE:
             raise ValueError(f"{name} is always retried at once, and so never held; leave it out")
         numbers.add(ERRNOS[name])
@@ -232,7 +226,7 @@ class Config(BaseModel):
         "4096", "requests in flight that the kernel allows for this mount"
     )
     direct: Annotated[Literal["auto", "never"], PlainValidator(_choice("auto", "never"))] = _option(
-        "auto", "O_DIRECT reaches SOURCE where it takes unaligned I/O; or never"
+        "auto", "past the page cache where SOURCE takes that unaligned (NFS); or never"
     )
     attr_timeout_s: Annotated[float, PlainValidator(_span("3650d at most", 0, LONGEST_SPAN_S))] = _option(
         "1", "how long the kernel may cache names and attributes"
@@ -328,8 +322,7 @@ def libfuse_escaped(word: str) -> str:
     lib/fuse_opt.c.
     """
     return "".join(
-        chr(byte) if 0x20 <= byte < 0x7F and byte not in b"\\," else f"\\{byte:03o}"
-        for byte in os.fsencode(word)
+        chr(byte) if 0x20 <= byte < 0x7F and byte not in b"\\," else f"\\{byte:03o}" for byte in os.fsencode(word)
     )
 
 
@@ -451,9 +444,7 @@ def _pairs(path: Path) -> list[tuple[str, int, object]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         advice = "indent with spaces" if "\\t" in str(error.problem) else "give lines of `key: value`"
-        raise ConfigError(
-            [f"{path}:{mark.line + 1 if mark else 1}: no YAML: {error.problem}; {advice}"]
-        ) from error
+        raise ConfigError([f"{path}:{mark.line + 1 if mark else 1}: no YAML: {error.problem}; {advice}"]) from error
     except RecursionError as error:
         raise ConfigError([f"{path} is nested too deeply; give lines of `key: value`"]) from error
     if node is None:
@@ -492,7 +483,7 @@ def load(
     """The `Config` of one mount; ConfigError with everything that is wrong.
 
     *options* are the arguments of all `-o`, in order; *file* names the configuration file, as `config=` does.
-    *warn* gets a line for what is odd; with *sloppy* (mount(8)'s `-s`) that includes unknown options.
+    With *sloppy* (mount(8)'s `-s`), unknown options are dropped, and *warn* gets a line for each.
     """
     read = _Options(options, warn if sloppy else None)
     problems = read.problems
@@ -521,11 +512,6 @@ def load(
         problems.append(f"option fsname: {shown(fsname.value)} is not SOURCE; leave it out")
     if problems:
         raise ConfigError(problems, read.exit_code)
-    for kind in TIMEOUT_KINDS:
-        if 0 < getattr(config, f"{kind}_s") < config.interval_s:
-            warn(
-                f"{kind} is shorter than interval: what fails is given up before the timer has tried it again"
-            )
     return config
 
 

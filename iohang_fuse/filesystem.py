@@ -74,9 +74,7 @@ class _Listing:
 class Filesystem(pyfuse3.Operations):
     """The mirror of one SOURCE."""
 
-    supports_dot_lookup = (
-        False  # the kernel then never asks for a node by number, which would need open_by_handle_at
-    )
+    supports_dot_lookup = False  # the kernel then never asks for a node by number, which would need open_by_handle_at
     enable_writeback_cache = False  # the kernel would acknowledge writes that nobody could hold
     enable_acl = False  # SOURCE checks its ACLs itself, as the calling user
 
@@ -198,9 +196,7 @@ class Filesystem(pyfuse3.Operations):
         return self._looked_up(found, parent_inode, name)
 
     @_translated
-    async def mkdir(
-        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
-    ) -> EntryAttributes:
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> EntryAttributes:
         found = await self._do(source.make_directory, self._node(parent_inode).fd, name, mode, _caller(ctx))
         return self._looked_up(found, parent_inode, name)
 
@@ -419,9 +415,7 @@ class Filesystem(pyfuse3.Operations):
             if not new:
                 self._discard(found.fd)
             return True
-        self._inodes.forget(
-            node.id, 1
-        )  # not told to the kernel; *found* keeps its descriptor for the next call
+        self._inodes.forget(node.id, 1)  # not told to the kernel; *found* keeps its descriptor for the next call
         return False
 
     def _drop_ahead(self, listing: _Listing) -> None:
@@ -456,9 +450,7 @@ class Filesystem(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         parent, caller = self._node(parent_inode), _caller(ctx)
-        opened, found = await self._do(
-            source.create_data, parent.fd, name, mode, flags, caller, self._stability
-        )
+        opened, found = await self._do(source.create_data, parent.fd, name, mode, flags, caller, self._stability)
         entry = self._looked_up(found, parent_inode, name)
         node = self._node(entry.st_ino)
         handle = self._requests.opened(node.id, self._name(node), Backing(*opened, caller), flags)

@@ -49,9 +49,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _DATA = frozenset({"read", "write", "fsync"})
-_BY_INODE = (
-    "getattr setattr readlink open opendir access getxattr setxattr listxattr removexattr link".split()
-)
+_BY_INODE = "getattr setattr readlink open opendir access getxattr setxattr listxattr removexattr link".split()
 _BY_NAME = "lookup mknod mkdir unlink rmdir symlink rename create".split()
 _BY_HANDLE = "read write fsync flush release".split()
 _BY_LISTING = "readdir fsyncdir".split()
@@ -79,10 +77,7 @@ class Rule:
         """Whether the rule is about this call."""
         return (
             operation in self.operations
-            and (
-                fnmatch.fnmatchcase(path, self.files)
-                or fnmatch.fnmatchcase(os.path.basename(path), self.files)
-            )
+            and (fnmatch.fnmatchcase(path, self.files) or fnmatch.fnmatchcase(os.path.basename(path), self.files))
             and offset <= self.bytes_to
             and offset + max(length, 1) > self.bytes_from
         )
@@ -119,9 +114,7 @@ def _parse_line(words: list[str]) -> Rule:
             first, _, last = value.partition("-")
             fields |= {"bytes_from": int(first), "bytes_to": int(last)}
         else:
-            raise BadRule(
-                f"{word!r} is none of errno=NAME, hang, short=BYTES, delay=SECONDS, bytes=FIRST-LAST"
-            )
+            raise BadRule(f"{word!r} is none of errno=NAME, hang, short=BYTES, delay=SECONDS, bytes=FIRST-LAST")
     return Rule(_operations(words[0]), words[1], **fields)
 
 
@@ -189,9 +182,7 @@ class FlakyFilesystem(Filesystem):
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         rule = await self._obey("read", self._requests.handles[fh].image.held.image, off, size)
-        return await super().read(
-            fh, off, size if rule is None or rule.short is None else min(size, rule.short)
-        )
+        return await super().read(fh, off, size if rule is None or rule.short is None else min(size, rule.short))
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         rule = await self._obey("write", self._requests.handles[fh].image.held.image, off, len(buf))
@@ -266,9 +257,7 @@ def main() -> int:
     parser.add_argument("directory")
     parser.add_argument("mountpoint")
     parser.add_argument("trigger", help="the file with the rules; need not exist")
-    parser.add_argument(
-        "-o", dest="options", action="append", default=[], help="mount words, such as allow_other"
-    )
+    parser.add_argument("-o", dest="options", action="append", default=[], help="mount words, such as allow_other")
     args = parser.parse_args()
     limits.raise_open_files()
     paths = [os.path.abspath(path) for path in (args.directory, args.mountpoint, args.trigger)]

@@ -22,9 +22,7 @@ _LINES = "%(asctime)s %(levelname)-7s %(message)s"
 @contextlib.contextmanager
 def to_stderr_or(file: Path | None, *, verbose: bool) -> Iterator[None]:
     """Log to *file*, or to stderr."""
-    with _through_a_thread(
-        _file(file) if file else _formatted(logging.StreamHandler(), _LINES), verbose=verbose
-    ):
+    with _through_a_thread(_file(file) if file else _formatted(logging.StreamHandler(), _LINES), verbose=verbose):
         yield
 
 

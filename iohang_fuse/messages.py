@@ -42,11 +42,7 @@ def sentence(event: Event, clock: Callable[[float], str]) -> tuple[int, str]:
     """The level and the text of one log line."""
     match event:
         case HangBegan():
-            until = (
-                "until it succeeds"
-                if event.deadline_s == math.inf
-                else f"until {clock(event.deadline_s)} at most"
-            )
+            until = "until it succeeds" if event.deadline_s == math.inf else f"until {clock(event.deadline_s)} at most"
             return logging.WARNING, (
                 f"{event.image}: {event.op} failed with {error_words(event.errno)}; "
                 f"held since {clock(event.at_s)}, {until}. Its consumer waits; nothing is lost."
@@ -65,7 +61,7 @@ def sentence(event: Event, clock: Callable[[float], str]) -> tuple[int, str]:
         case TimedOut(on=True):
             return logging.ERROR, (
                 f"{event.image}: timed out: a {event.op} was given up after {error_words(event.errno)}, and its consumer "
-                f"has the error; {event.held} more are held. New failures are answered at once until the storage works again."
+                f"has the error; {event.held} more are held. New failures are answered at once until an attempt succeeds."
             )
         case TimedOut():
             return logging.WARNING, f"{event.image}: works again; failures are held as before."

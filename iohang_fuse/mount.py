@@ -112,13 +112,9 @@ def check_paths(config: Config) -> str:
         what = "is not a directory" if os.path.lexists(mountpoint) else "does not exist"
         raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint} {what}")
     if _lies_in(origin, mountpoint):
-        raise Refusal(
-            EX_FAILURE, f"SOURCE {origin} lies under MOUNTPOINT {mountpoint}: the mount would hide it"
-        )
+        raise Refusal(EX_FAILURE, f"SOURCE {origin} lies under MOUNTPOINT {mountpoint}: the mount would hide it")
     if _lies_in(mountpoint, origin):
-        raise Refusal(
-            EX_FAILURE, f"MOUNTPOINT {mountpoint} lies under SOURCE {origin}: the mount would show itself"
-        )
+        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint} lies under SOURCE {origin}: the mount would show itself")
     return mountpoint
 
 
@@ -317,18 +313,13 @@ class _Server:
         lines = [f"{len(self._requests.images)} images are open"]
         now = trio.current_time()
         for image in self._requests.images.values():
-            lines += [
-                _describe(image.held.image, request, now)
-                for request in image.held.trying + image.held.waiting
-            ]
+            lines += [_describe(image.held.image, request, now) for request in image.held.trying + image.held.waiting]
         root = trio.lowlevel.current_root_task()
         if root is not None:
             lines += _task_lines(root)
         for ident, frame in sys._current_frames().items():  # noqa: SLF001 - faulthandler cannot write to a logger
             stack = traceback.extract_stack(frame)
-            lines.append(
-                f"thread {ident}: " + " < ".join(f"{s.name}:{s.lineno}" for s in reversed(stack[-4:]))
-            )
+            lines.append(f"thread {ident}: " + " < ".join(f"{s.name}:{s.lineno}" for s in reversed(stack[-4:])))
         for line in lines:
             log.info("%s", line)
 

@@ -128,9 +128,7 @@ class RehandleList:
         self._abandoned = 0  # reads answered while their attempt is still in the system call
         # Requests that have ended stay in these three until they are met there: removing them would cost a search each.
         self._ready: list[Request] = []  # heap by seq: may try as soon as there is room
-        self._idle: deque[Request] = (
-            deque()
-        )  # failed; wait for the timer or for a success, longest waiting first
+        self._idle: deque[Request] = deque()  # failed; wait for the timer or for a success, longest waiting first
         self._deadlines: list[tuple[float, Request]] = []  # heap
         self._success_s = -math.inf  # when the latest attempt that succeeded had begun
         self._sick_since_s = math.inf
@@ -453,7 +451,8 @@ class RehandleList:
             self._sick_since_s = min(self._sick_since_s, now)
             if self._tick_s == math.inf:
                 self._tick_s = now + self.policy.interval_s
-            step.events.append(TimedOut(self.image, True, request.op, request.errno, now, len(self.held)))  # noqa: FBT003
+            others = len(self.held) - request.held
+            step.events.append(TimedOut(self.image, True, request.op, request.errno, now, others))  # noqa: FBT003
         if request.held:
             assert self._hang is not None
             self._hang.given_up += 1

@@ -33,9 +33,7 @@ class Image:
         self.node_id = node_id
         self.held = RehandleList(name, policy, held_bytes)
         self.handles: dict[int, Handle] = {}
-        self.capability: bytes | int | None = (
-            None  # security.capability, or the errno it gave; None: not yet asked
-        )
+        self.capability: bytes | int | None = None  # security.capability, or the errno it gave; None: not yet asked
         self._stat: os.stat_result | None = None
         self._end = 0  # the end of the furthest write since those attributes were read
         self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
@@ -218,9 +216,7 @@ class Requests:
         if image.held.sick and self._nursery is not None:
             if image.timer is None:
                 image.timer = trio.CancelScope()
-                self._nursery.start_soon(
-                    self._keep_time, image, image.timer, name=f"timer of {image.held.image}"
-                )
+                self._nursery.start_soon(self._keep_time, image, image.timer, name=f"timer of {image.held.image}")
             image.timer.deadline = image.held.next_tick_s
         elif image.timer is not None:
             image.timer.cancel()

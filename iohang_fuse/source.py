@@ -324,9 +324,7 @@ def open_data(fd: int, flags: int, caller: Caller, stability: Stability) -> Open
     not make it stable.
     """
     attributes = os.fstat(fd)
-    if not stat.S_ISREG(
-        attributes.st_mode
-    ):  # the kernel opens FIFOs and devices itself: only a race can lead here
+    if not stat.S_ISREG(attributes.st_mode):  # the kernel opens FIFOs and devices itself: only a race can lead here
         raise OSError(errno.EINVAL, "not a regular file")
     kept = flags & _KEPT_FLAGS | os.O_CLOEXEC
     backing = _backing_flags(fd, stability)

@@ -14,9 +14,7 @@ from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # setgroups(2) by number: asm/unistd.h
-_SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "ppc64le": 81, "s390x": 206, "riscv64": 159}[
-    platform.machine()
-]
+_SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "ppc64le": 81, "s390x": 206, "riscv64": 159}[platform.machine()]
 _MAX_HANDLE_SZ = 128  # linux/exportfs.h
 _AT_EMPTY_PATH = 0x1000
 
