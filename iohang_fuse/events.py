@@ -32,7 +32,7 @@ class HangBegan:
 
 @dataclass(frozen=True, slots=True)
 class HangEnded:
-    """No request of the image is held any more."""
+    """No request of the image is held any more. *passed_on*: ended by an error that is not transient, or holding is off."""
 
     image: str
     errno: int | None
@@ -41,6 +41,7 @@ class HangEnded:
     held_max: int
     recovered: int
     given_up: int
+    passed_on: int
 
 
 @dataclass(frozen=True, slots=True)

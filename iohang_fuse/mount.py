@@ -15,21 +15,18 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
 from iohang_fuse import background, limits, logs, source, syscalls
+from iohang_fuse.config import Config, libfuse_escaped
 from iohang_fuse.events import Event, Op
 from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.messages import error_words, sentence
 from iohang_fuse.rehandle import Policy, Request
 from iohang_fuse.requests import Requests
 from iohang_fuse.source import Stability
-
-if TYPE_CHECKING:
-    from iohang_fuse.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +211,7 @@ class _Server:
             entry_timeout_s=config.attr_timeout_s if checks_names else 0,
             stability=Stability.DIRECT if config.direct == "auto" else Stability.SYNCHRONOUS,
         )
-        options = {*config.mount_words, f"fsname={_escaped(str(config.source))}", f"subtype={SUBTYPE}"}
+        options = {*config.mount_words, f"fsname={libfuse_escaped(str(config.source))}", f"subtype={SUBTYPE}"}
         try:
             pyfuse3.init(filesystem, self._mountpoint, options)
         except RuntimeError as error:
@@ -401,8 +398,3 @@ def _policy(config: Config) -> Policy:
         recovery_gate=config.recovery_gate,
         blocked_after_s=config.blocked_after_s,
     )
-
-
-def _escaped(text: str) -> str:
-    """For libfuse's option string: see fuse_opt_parse's treatment of backslashes and commas."""
-    return text.replace("\\", "\\\\").replace(",", "\\,")

@@ -5,15 +5,19 @@
    the answer. Each call returns a `Step`: the events, and the requests that have to be woken.
 3. One `RehandleList` per image. A request is WAITING, TRYING or ENDED; the transitions are `_start`, `_wait_again` and
    `_answer`.
-4. A request has one deadline. It is set once, when the request is first held, and nothing moves it (P2).
+4. A request has one deadline. It is set once, when the request first fails or has to wait in a sick image, and nothing
+   but an operator moves it (P2).
+5. Who has waited longest since arrival or last attempt goes first. So every wait for a turn ends: by age alone, eight
+   bad sectors that fail slowly would keep the gate to themselves (P8).
+6. Each attempt that is started (TRYING) is reported exactly once: `succeeded`, `failed`, `returned` or `cancelled`.
 
 How a hang goes. A transient failure closes the *recovery gate*: at most `recovery_gate` attempts of the image are in
-flight. Each tick of the timer lets the held requests that have waited longest since their last attempt try again, oldest
-first. The first success opens the gate, and every held request is tried at once.
+flight. Each tick of the timer lets held requests try again. The first success opens the gate, and every held request is
+tried at once.
 
-A request that fails although the gate was open is *stubborn*: a bad sector, or a flap. Successes of others say nothing
-about it, so only the timer tries it again; otherwise every healthy read beside a bad sector would be a retry. When a
-stubborn request does succeed, all others are tried again as well.
+A request that fails once more in its attempt after such a success is *stubborn*: a bad sector, or a flap. Successes of
+others say nothing about it, so only the timer tries it again; otherwise every healthy read beside a bad sector would be
+a retry. When a stubborn request does succeed, all others are tried again as well.
 """
 
 from __future__ import annotations
@@ -68,9 +72,9 @@ class HeldBytes:
     limit: int
     held: int = 0
 
-    def take(self, count: int) -> bool:
+    def take(self, count: int, *, whatever_the_limit: bool = False) -> bool:
         """Account for *count* bytes, unless that would exceed the limit."""
-        if self.held + count > self.limit:
+        if self.held + count > self.limit and not whatever_the_limit:
             return False
         self.held += count
         return True
@@ -92,13 +96,15 @@ class Request:
     errno: int | None = None  # of the latest failure
     deadline_s: float | None = None
     held: bool = False
-    gate_was_open: bool = False  # when the latest attempt began
+    freed: bool = False  # a success of another has let it try again, and it has not yet
     stubborn: bool = False
     answer: int | None = None  # the errno to answer, once ENDED by a give-up
     wake: Callable[[], None] | None = None  # the shell's: whoever waits for this request's next state
 
-    def __lt__(self, other: Request) -> bool:
-        return self.seq < other.seq
+    @property
+    def waits_since_s(self) -> float:
+        """When its latest attempt failed, or else when it arrived."""
+        return max(self.arrived_s, self.failed_s)
 
 
 @dataclass(slots=True)
@@ -126,10 +132,13 @@ class RehandleList:
         self._seq = 0
         self._trying: dict[int, Request] = {}  # by seq, oldest attempt first
         self._abandoned = 0  # reads answered while their attempt is still in the system call
-        # Requests that have ended stay in these three until they are met there: removing them would cost a search each.
-        self._ready: list[Request] = []  # heap by seq: may try as soon as there is room
-        self._idle: deque[Request] = deque()  # failed; wait for the timer or for a success, longest waiting first
-        self._deadlines: list[tuple[float, Request]] = []  # heap
+        self._live = 0  # requests that have not ended
+        # Requests that have ended stay in these four until `_sweep`: removing each would cost a search.
+        self._dead = 0
+        self._ready: list[tuple[float, int, Request]] = []  # heap, longest waiting first: may try when there is room
+        self._idle: deque[Request] = deque()  # failed, longest waiting first: until a success or the timer
+        self._stubborn: deque[Request] = deque()  # the same, until the timer
+        self._deadlines: list[tuple[float, int, Request]] = []  # heap
         self._success_s = -math.inf  # when the latest attempt that succeeded had begun
         self._sick_since_s = math.inf
         self._limit_reported_s = -math.inf
@@ -162,7 +171,8 @@ class RehandleList:
     @property
     def waiting(self) -> list[Request]:
         """Requests outside a system call, oldest first."""
-        return sorted(r for r in (*self._ready, *self._idle) if r.state is State.WAITING)
+        queued = (*(entry[2] for entry in self._ready), *self._idle, *self._stubborn)
+        return sorted((r for r in queued if r.state is State.WAITING), key=lambda request: request.seq)
 
     @property
     def trying(self) -> list[Request]:
@@ -172,7 +182,7 @@ class RehandleList:
     @property
     def next_tick_s(self) -> float:
         """When `tick` has to be called next; infinity while there is nothing to wait for."""
-        while self._deadlines and self._deadlines[0][1].state is State.ENDED:
+        while self._deadlines and self._deadlines[0][2].state is State.ENDED:
             heapq.heappop(self._deadlines)
         return min(self._tick_s, self._deadlines[0][0]) if self._deadlines else self._tick_s
 
@@ -181,65 +191,74 @@ class RehandleList:
     def arrive(self, op: Op, offset: int, length: int, now: float) -> tuple[Request, Step]:
         """A new request. It may try at once (TRYING) as far as there is room; otherwise it waits its turn."""
         self._seq += 1
+        self._live += 1
         request = Request(self._seq, op, offset, length, arrived_s=now)
         step = Step()
         if not self._ready and self.in_flight < self._room:
             self._start(request, now)
             return request, step
-        heapq.heappush(self._ready, request)
+        self._push_ready(request)
         self._pump(now, step)
         if self.sick and request.state is State.WAITING:
-            self._join(request, now, step)
+            self._limit_wait(request, now)
+            # With the gate open it waits for room, as on a healthy image. Held, it would keep the hang going: under load
+            # there is always one that waits.
+            if not self.gate_open:
+                self._hold(request, now, step)
         return request, step
 
     def succeeded(self, request: Request, now: float) -> Step:
         """The attempt of *request* has succeeded; it is answered by its own coroutine."""
+        if request.state is State.ENDED:
+            return self.returned(now)  # a read, given up in the moment in which its attempt returned
         step = Step()
         del self._trying[request.seq]
-        request.state = State.ENDED
+        self._end(request)
         # What began before the trouble did says nothing about it, unless it was what had not returned.
         if self.sick and (request.held or request.started_s >= self._sick_since_s):
             self._recover(request.started_s, now, step, everyone=request.stubborn)
         if request.held:
-            self._release(request, now, step, recovered=True)
+            self._the_hang.recovered += 1
+            self._release(request, now, step)
         if self._ready:
             self._pump(now, step)
         return step
 
     def failed(self, request: Request, errno: int, now: float) -> Step:
         """The attempt of *request* has failed: it is held, given up or passed on."""
+        if request.state is State.ENDED:
+            return self.returned(now)
         step = Step()
         del self._trying[request.seq]
         request.errno = errno
         request.failed_s = now
-        if not self.holding or errno not in self.policy.errors or self.policy.timeout_s[request.op] == 0:
-            self._answer(request, errno)
-            if request.held:
-                self._release(request, now, step)
+        if errno not in self.policy.errors or not self._may_hold(request):
+            self._pass_on(request, errno, now, step)
             self._pump(now, step)
             return step
 
         self.errno, self.offset = errno, request.offset
-        if request.started_s >= self._success_s and not request.stubborn:
-            self.gate_open = False
-        if request.deadline_s is not None and now >= request.deadline_s:
+        closes_gate = request.started_s >= self._success_s and not request.stubborn
+        request.stubborn = request.stubborn or request.freed
+        request.freed = False
+        self._limit_wait(request, now)
+        assert request.deadline_s is not None
+        if now >= request.deadline_s:
             self._give_up(request, now, step)
         elif self.timed_out and not request.held:
             self._answer(request, self.policy.timeout_errno)
-        elif request.held:
-            request.stubborn = request.stubborn or request.gate_was_open
+        elif request.held or self._hold(request, now, step):
             self._wait_again(request)
         else:
-            self._join(request, now, step)
-            if request.held:
-                self._wait_again(request)
-            else:
-                self._answer(request, errno)  # held_limit: passed on as it is
+            self._report_limit(errno, now, step)
+            self._answer(request, errno)
+        if closes_gate and self.sick:
+            self.gate_open = False
         self._pump(now, step)
         return step
 
     def returned(self, now: float) -> Step:
-        """An attempt has returned whose read had been answered before (an abandoned one)."""
+        """An attempt has returned, or was never begun, whose read had been answered before (an abandoned one)."""
         step = Step()
         self._abandoned -= 1
         self._pump(now, step)
@@ -247,12 +266,16 @@ class RehandleList:
 
     def cancelled(self, request: Request, now: float, *, returned: bool) -> Step:
         """The coroutine of *request* is gone without an answer. Its attempt has *returned*, or `returned` will come."""
+        if request.state is State.ENDED:
+            return self.returned(now) if returned else Step()
         step = Step()
         if self._trying.pop(request.seq, None) is not None and not returned:
             self._abandoned += 1
-        request.state = State.ENDED
+        self._end(request)
         if request.held:
             self._release(request, now, step)
+        if returned:  # otherwise it is the end of the server, and nothing more goes out
+            self._pump(now, step)
         return step
 
     # ---- time and operators
@@ -262,13 +285,17 @@ class RehandleList:
         step = Step()
         self._notice_blocked(now, step)
         for request in self._overdue(now):
-            self._give_up(request, now, step)
+            if request.held or self._may_hold(request):
+                self._give_up(request, now, step)
+            else:
+                self._pass_on(request, self.errno or self.policy.timeout_errno, now, step)
+                step.woken.append(request)
         if now >= self._tick_s:
             missed = math.floor((now - self._tick_s) / self.policy.interval_s)
             self._tick_s += (missed + 1) * self.policy.interval_s
             budget = self.policy.tick_budget
-            while self._idle and budget:
-                budget -= self._ready_again(self._idle.popleft())
+            while budget and (failed := self._longer_waiting()):
+                budget -= self._ready_again(failed.popleft())
             if self.timed_out and not self.held and not self._probing:
                 self._probing = step.probe = True
         self._pump(now, step)
@@ -281,7 +308,7 @@ class RehandleList:
         for request in self._trying.values():
             if request.started_s + self.policy.blocked_after_s > now:
                 return False
-            if request.deadline_s is None and self.policy.timeout_s[request.op] > 0:
+            if self._unnoticed(request):
                 return True
         return False
 
@@ -297,14 +324,16 @@ class RehandleList:
     def retry(self, now: float) -> Step:
         """An operator: try all held requests now, as far as the gate allows."""
         step = Step()
-        while self._idle:
-            self._ready_again(self._idle.popleft())
+        while failed := self._longer_waiting():
+            self._ready_again(failed.popleft())
         self._pump(now, step)
         return step
 
     def end(self, now: float) -> Step:
-        """An operator: answer every request that waits. Writes in flight end when their attempt returns (P5)."""
+        """An operator: answer every request of a sick image. Writes in flight end when their attempt returns (P5)."""
         step = Step()
+        if not self.sick:
+            return step  # all are about to be answered, and an error would be of our making
         for request in self.waiting:
             self._give_up(request, now, step)
         for request in [*self._trying.values()]:
@@ -329,7 +358,7 @@ class RehandleList:
     def _pump(self, now: float, step: Step) -> None:
         """Start what may start, oldest first."""
         while self._ready and self.in_flight < self._room:
-            request = heapq.heappop(self._ready)
+            request = heapq.heappop(self._ready)[2]
             if request.state is State.WAITING:
                 self._start(request, now)
                 step.woken.append(request)
@@ -338,38 +367,49 @@ class RehandleList:
         request.state = State.TRYING
         request.attempts += 1
         request.started_s = now
-        request.gate_was_open = self.gate_open
         self._trying[request.seq] = request
+
+    def _push_ready(self, request: Request) -> None:
+        heapq.heappush(self._ready, (request.waits_since_s, request.seq, request))
 
     def _ready_again(self, request: Request) -> bool:
         if request.state is State.WAITING:
-            heapq.heappush(self._ready, request)
+            self._push_ready(request)
         return request.state is State.WAITING
 
     def _wait_again(self, request: Request) -> None:
         request.state = State.WAITING
-        self._idle.append(request)
+        (self._stubborn if request.stubborn else self._idle).append(request)
 
-    def _join(self, request: Request, now: float, step: Step) -> None:
-        """Give *request* its deadline, and hold it. Without room for its data it is not held, but its wait ends too."""
-        timeout_s = self.policy.timeout_s[request.op]
-        if timeout_s == 0 or not self.holding:
+    def _longer_waiting(self) -> deque[Request] | None:
+        """The one of the two queues of failed requests whose first has waited longer; None if both are empty."""
+        queues = [queue for queue in (self._idle, self._stubborn) if queue]
+        return min(queues, key=lambda queue: queue[0].failed_s, default=None)
+
+    def _may_hold(self, request: Request) -> bool:
+        return self.holding and self.policy.timeout_s[request.op] > 0
+
+    def _limit_wait(self, request: Request, now: float) -> None:
+        """Give *request* its deadline. One that may not be held does not wait longer than an interval for its turn."""
+        if request.deadline_s is not None:
             return
-        if request.deadline_s is None:
-            request.deadline_s = now + timeout_s
-            if timeout_s != math.inf:
-                heapq.heappush(self._deadlines, (request.deadline_s, request))
-        if self.timed_out:
-            return
-        if request.op is Op.WRITE and not self._held_bytes.take(request.length):
-            self._report_limit(request, now, step)
-            return
+        wait_s = self.policy.timeout_s[request.op] if self._may_hold(request) else self.policy.interval_s
+        request.deadline_s = now + wait_s
+        if wait_s != math.inf:
+            heapq.heappush(self._deadlines, (request.deadline_s, request.seq, request))
+
+    def _hold(self, request: Request, now: float, step: Step, *, in_flight: bool = False) -> bool:
+        """Hold *request*, unless the image is timed out or there is no room for its data (which an attempt in flight has)."""
+        if self.timed_out or not self._may_hold(request):
+            return False
+        if request.op is Op.WRITE and not self._held_bytes.take(request.length, whatever_the_limit=in_flight):
+            return False
         request.held = True
         self.held[request.seq] = request
         if self._hang is None:
             self._begin(request, now, step)
-        assert self._hang is not None
-        self._hang.held_max = max(self._hang.held_max, len(self.held))
+        self._the_hang.held_max = max(self._the_hang.held_max, len(self.held))
+        return True
 
     def _begin(self, request: Request, now: float, step: Step) -> None:
         self._hang = _Hang(since_s=now, errno=request.errno)
@@ -377,19 +417,24 @@ class RehandleList:
         self._sick_since_s = now
         assert request.deadline_s is not None
         step.events.append(HangBegan(self.image, request.op, request.errno, now, request.deadline_s))
-        for waiting in sorted(self._ready):
+        for _, _, waiting in sorted(self._ready):
             if waiting.state is State.WAITING:
-                self._join(waiting, now, step)
+                self._limit_wait(waiting, now)
+                self._hold(waiting, now, step)
 
-    def _release(self, request: Request, now: float, step: Step, *, recovered: bool = False) -> None:
+    @property
+    def _the_hang(self) -> _Hang:
+        """The hang that there is while a request is held."""
+        assert self._hang is not None
+        return self._hang
+
+    def _release(self, request: Request, now: float, step: Step) -> None:
         """*request* is held no more. The hang ends with the last one."""
         request.held = False
         del self.held[request.seq]
         if request.op is Op.WRITE:
             self._held_bytes.held -= request.length
-        hang = self._hang
-        assert hang is not None
-        hang.recovered += recovered
+        hang = self._the_hang
         if not self.held:
             self._hang = None
             if not self.timed_out:
@@ -404,6 +449,7 @@ class RehandleList:
                     hang.held_max,
                     hang.recovered,
                     hang.given_up,
+                    hang.passed_on,
                 )
             )
 
@@ -413,13 +459,10 @@ class RehandleList:
         self.gate_open = True
         if self.timed_out:
             self._leave_timed_out(now, step)
-        still_idle: deque[Request] = deque()
-        for request in self._idle:
-            if request.failed_s <= started_s and (everyone or not request.stubborn):
-                self._ready_again(request)
-            else:
-                still_idle.append(request)
-        self._idle = still_idle
+        for queue in (self._idle, self._stubborn) if everyone else (self._idle,):
+            while queue and queue[0].failed_s <= started_s:
+                request = queue.popleft()
+                request.freed = self._ready_again(request)
 
     def _leave_timed_out(self, now: float, step: Step) -> None:
         self.timed_out = False
@@ -435,8 +478,9 @@ class RehandleList:
         """
         overdue = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[1]
-            if request.state is State.WAITING or (request.state is State.TRYING and request.op is Op.READ):
+            request = heapq.heappop(self._deadlines)[2]
+            may_be_abandoned = request.op is Op.READ and (request.held or self._may_hold(request))
+            if request.state is State.WAITING or (request.state is State.TRYING and may_be_abandoned):
                 overdue.append(request)
         return overdue
 
@@ -448,33 +492,62 @@ class RehandleList:
         step.woken.append(request)
         if not self.timed_out:
             self.timed_out = True
-            self._sick_since_s = min(self._sick_since_s, now)
+            if self._hang is None:
+                self._sick_since_s = now
             if self._tick_s == math.inf:
                 self._tick_s = now + self.policy.interval_s
             others = len(self.held) - request.held
             step.events.append(TimedOut(self.image, True, request.op, request.errno, now, others))  # noqa: FBT003
         if request.held:
-            assert self._hang is not None
-            self._hang.given_up += 1
+            self._the_hang.given_up += 1
+            self._release(request, now, step)
+
+    def _pass_on(self, request: Request, errno: int, now: float, step: Step) -> None:
+        self._answer(request, errno)
+        if request.held:
+            self._the_hang.passed_on += 1
             self._release(request, now, step)
 
     def _answer(self, request: Request, errno: int) -> None:
-        request.state = State.ENDED
+        self._end(request)
         request.answer = errno
+
+    def _end(self, request: Request) -> None:
+        request.state = State.ENDED
+        self._live -= 1
+        self._dead += 1
+        if self._dead > self._live + 64:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Drop what has ended from the queues: a few steps for each request, and at most half of what is kept is dead."""
+        self._dead = 0
+        for heap in (self._ready, self._deadlines):
+            heap[:] = [entry for entry in heap if entry[2].state is not State.ENDED]
+            heapq.heapify(heap)
+        self._idle = deque(r for r in self._idle if r.state is not State.ENDED)
+        self._stubborn = deque(r for r in self._stubborn if r.state is not State.ENDED)
 
     def _notice_blocked(self, now: float, step: Step) -> None:
         for request in [*self._trying.values()]:
             if request.started_s + self.policy.blocked_after_s > now:
                 break
-            if not request.held and self.policy.timeout_s[request.op] > 0 and request.deadline_s is None:
-                self._join(request, now, step)
-                self.gate_open = False
+            if self._unnoticed(request):
+                self._limit_wait(request, now)
+                self._hold(request, now, step, in_flight=True)
+                if request.started_s >= self._success_s:
+                    self.gate_open = False
 
-    def _report_limit(self, request: Request, now: float, step: Step) -> None:
+    def _unnoticed(self, request: Request) -> bool:
+        """Whether *request*, blocked, has yet to be held; or to get its deadline, where the image is timed out."""
+        if request.held or not self._may_hold(request):
+            return False
+        return request.deadline_s is None or not self.timed_out
+
+    def _report_limit(self, errno: int, now: float, step: Step) -> None:
         if now - self._limit_reported_s >= 60:  # a message a minute: each failure beyond the limit comes here
             self._limit_reported_s = now
-            errno = request.errno if request.errno is not None else self.errno
-            step.events.append(HeldLimitReached(self.image, errno or 0, now, self._held_bytes.held))
+            step.events.append(HeldLimitReached(self.image, errno, now, self._held_bytes.held))
 
 
 @dataclass(slots=True)
@@ -486,3 +559,4 @@ class _Hang:
     held_max: int = 0
     recovered: int = 0
     given_up: int = 0
+    passed_on: int = 0
