@@ -59,6 +59,7 @@ def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool =
     """Mount and serve. Returns the exit code: of the server in the foreground, of the start in the background."""
     try:
         mountpoint = check_paths(config)
+        check_log(config)
         limits.raise_open_files()
         check_limits(config)
     except Refusal as refusal:
@@ -121,7 +122,7 @@ def _lies_in(path: str, folder: str) -> bool:
 
 def _answers(mountpoint: str) -> bool:
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)  # stat(2) could be answered from the kernel's cache
     except OSError as error:
         return error.errno != errno.ENOTCONN
     return True
@@ -148,6 +149,16 @@ def _unescape(field: str) -> str:
     for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
         field = field.replace(code, character)
     return field
+
+
+def check_log(config: Config) -> None:
+    """Raises `Refusal` if the log file cannot be written, while there is somebody to tell."""
+    if config.log is not None:
+        try:
+            with config.log.open("ab"):
+                pass
+        except OSError as error:
+            raise Refusal(EX_USAGE, f"log {config.log} cannot be written: {error_words(error.errno)}") from None
 
 
 def _longest_timeout_s(config: Config) -> float:
@@ -280,7 +291,9 @@ class _Server:
             await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, flags)
         except OSError as error:
             if error.errno != errno.EBUSY:
-                log.error("%s: cannot unmount %s: %s", why, self._mountpoint, error_words(error.errno))
+                log.error(  # noqa: TRY400 - the errno says it all
+                    "%s: cannot unmount %s: %s", why, self._mountpoint, error_words(error.errno)
+                )
                 return
             users = await trio.to_thread.run_sync(users_of, self._mountpoint)
             held = sum(len(image.held.held) for image in self._requests.images.values())

@@ -310,8 +310,7 @@ def test_truncation_is_held_like_a_write(site: Site, worker: concurrent.futures.
 
 
 def test_bad_sector_hinders_nothing_else(site: Site, worker: concurrent.futures.Executor) -> None:
-    """Section 4: "A request that still fails on its own (a bad sector) is retried each interval and hinders only what
-    overlaps it"."""
+    """Section 4: "A request that still fails on its own (a bad sector) ... hinders only what overlaps it"."""
     content = site.image()
     site.mount("interval=0.2", "timeout=3")
     fd = site.open()
