@@ -93,7 +93,6 @@ def check_paths(config: Config) -> str:
         if not Path(config.source).is_dir():
             what = "is not a directory" if Path(config.source).exists() else "does not exist"
             raise Refusal(EX_FAILURE, f"SOURCE {config.source} {what}")
-        os.scandir(config.source).close()
     except OSError as error:
         raise Refusal(EX_FAILURE, f"SOURCE {config.source}: {error_words(error.errno)}") from None
     origin = os.path.realpath(config.source)
@@ -204,6 +203,7 @@ class _Server:
         self._started = started
         self._requests = Requests(_policy(config), config.held_limit_bytes, [self._log_event])
         self._detached = False
+        self._refusal: Refusal | None = None
 
     async def run(self) -> int:
         """Mount, serve until unmounted. Raises `Refusal` if the mount fails."""
@@ -242,12 +242,19 @@ class _Server:
             # Never unmount here. After umount(8) there is nothing to do; after a crash the mount must stay in the way
             # (ENOTCONN), or QEMU would write into the bare directory beneath.
             pyfuse3.close(unmount=False)
+        if self._refusal is not None:
+            raise self._refusal
         log.info("%s is unmounted", self._mountpoint)
         return 0
 
     async def _announce(self) -> None:
         """Once the mount answers, with all limits in force: say so."""
-        await trio.to_thread.run_sync(os.stat, self._mountpoint)
+        try:
+            await trio.to_thread.run_sync(os.stat, self._mountpoint)
+        except OSError as error:
+            self._refusal = Refusal(EX_FAILURE, f"SOURCE {self._config.source}: {error_words(error.errno)}")
+            await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, syscalls.MNT_DETACH)
+            return
         try:
             await trio.to_thread.run_sync(self._set_max_background)
         except OSError as error:
@@ -272,13 +279,14 @@ class _Server:
     # ---- signals
 
     async def _mind_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) as signals:
             asked = 0
             async for number in signals:
                 if number == signal.SIGUSR1:
                     self._dump()
                     continue
-                asked += 1
+                # A terminal that hangs up asks once; it does not insist.
+                asked += number != signal.SIGHUP
                 await self._unmount(signal.Signals(number).name, insist=asked > 1)
 
     async def _unmount(self, why: str, *, insist: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
+import json
 import os
 import re
 import signal
@@ -428,6 +429,45 @@ def test_five_hundred_held_hinder_nobody(site: Site) -> None:
     assert "err= 0" in output
     wait_until(lambda: "sick.img: recovered" in mount.log_text(), what="the hang's end")
     assert "no error was passed on" in mount.log_text()
+
+
+def test_bound_holds_with_a_thousand_held(site: Site) -> None:
+    """P1: "timeout + at most one attempt, also with 1,000 requests held and attempts that take seconds to fail"."""
+    attempt_s, timeout_s = 2, 4
+    site.image(size=1000 * BLOCK)
+    mount = site.mount(f"timeout={timeout_s}", "interval=1")
+    site.flaky.fail(f"read vm.img errno=EIO delay={attempt_s}")
+    fio = subprocess.run(
+        ["fio", "--name=held", f"--filename={mount.mountpoint}/vm.img", "--rw=randread", "--bs=4k", "--size=100%",
+         "--direct=1", "--ioengine=libaio", "--iodepth=1000", "--iodepth_batch_submit=1000", "--output-format=json",
+         "--continue_on_error=io"],
+        capture_output=True, text=True, timeout=60, check=False, cwd=site.folder,
+    )  # fmt: skip
+    job = json.loads(fio.stdout[fio.stdout.index("{") :])["jobs"][0]
+    assert (job["error"], job["total_err"]) == (errno.EIO, 1000)
+    hang = re.search(r"is over after ([\d.]+) s: 1000 of its requests were given up", mount.log_text())
+    assert hang is not None, mount.log_text()
+    assert timeout_s <= float(hang[1]) <= timeout_s + attempt_s + 0.5
+
+
+def test_held_limit(site: Site) -> None:
+    """P10: "Memory for held data ... is bounded and configurable; at the bound there is ... a stated answer, never a crash"."""
+    site.image(size=256 * BLOCK)
+    mount = site.mount("held_limit=128K", "interval=0.5", "timeout=5")
+    site.flaky.fail("write vm.img errno=EIO")
+    fio = subprocess.run(
+        ["fio", "--name=held", f"--filename={mount.mountpoint}/vm.img", "--rw=write", "--bs=4k", "--size=100%",
+         "--direct=1", "--ioengine=libaio", "--iodepth=256", "--iodepth_batch_submit=256", "--output-format=json",
+         "--continue_on_error=io"],
+        capture_output=True, text=True, timeout=60, check=False, cwd=site.folder,
+    )  # fmt: skip
+    job = json.loads(fio.stdout[fio.stdout.index("{") :])["jobs"][0]
+    assert (job["error"], job["total_err"]) == (errno.EIO, 256)
+    assert "held_limit allows no more" in mount.log_text()
+    hang = re.search(r"is over after .*: (\d+) of its requests were given up", mount.log_text())
+    assert hang is not None, mount.log_text()
+    assert int(hang[1]) * BLOCK <= 128 << 10
+    assert os.statvfs(mount.mountpoint).f_blocks
 
 
 def held_now(mount: Mount) -> int:
