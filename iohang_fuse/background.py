@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -76,9 +77,7 @@ def run(serve: Callable[[Started], int], complain: Callable[[str], None]) -> int
     code = 32
     try:
         code = serve(_Pipe(send))
-    except BaseException:
-        import traceback  # noqa: PLC0415
-
+    except BaseException:  # noqa: BLE001 - whatever it is, it is said here or nowhere
         traceback.print_exc()
     finally:
         os._exit(code)

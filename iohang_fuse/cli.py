@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from iohang_fuse import __version__, config
+from iohang_fuse import __version__, config, mountwords
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,7 @@ def options_help() -> str:
     paragraphs = [
         "Spans of time: seconds, or 500ms, 90s, 5min, 2h, 1d; timeouts also inf. Sizes: bytes, or 64M, 1G.",
         f"Errors, by default: {config.TRANSIENT.replace(':', ', ')}.",
-        f"Also the words of mount(8) and FUSE: {', '.join(sorted({*config.FLAGS, *config.CONTEXTS}))}.",
+        f"Also the words of mount(8) and FUSE: {', '.join(sorted({*mountwords.FLAGS, *mountwords.CONTEXTS}))}.",
         AMOUNTS_TO,
         "Exit codes: 0 mounted, 1 wrong usage, 2 system error, 32 mount failure.",
     ]

@@ -1,5 +1,6 @@
-"""Where log lines go: stderr, syslog or a file. Written by a thread of its own, so that a full pipe or a stuck syslog
-cannot block the event loop.
+"""Where log lines go: stderr, syslog or a file.
+
+A thread of its own writes them, so that a full pipe or a stuck syslog cannot block the event loop.
 """
 
 from __future__ import annotations

@@ -11,20 +11,18 @@ import logging
 import os
 import signal
 import sys
-import time
-import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyfuse3
 import trio
 
-from iohang_fuse import background, limits, logs, source, syscalls
-from iohang_fuse.config import Config, libfuse_escaped
+from iohang_fuse import background, diagnosis, limits, logs, source, syscalls
+from iohang_fuse.config import Config
 from iohang_fuse.events import Event, Op
 from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.messages import error_words, sentence
-from iohang_fuse.rehandle import Policy, Request
+from iohang_fuse.mountwords import libfuse_escaped
+from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 from iohang_fuse.source import Stability
 
@@ -43,16 +41,6 @@ class Refusal(Exception):
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
-
-
-@dataclass(frozen=True, slots=True)
-class Mounted:
-    """One line of /proc/self/mountinfo."""
-
-    mountpoint: str
-    device_minor: int
-    fstype: str
-    source: str
 
 
 def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool = False) -> int:
@@ -97,7 +85,7 @@ def check_paths(config: Config) -> str:
         raise Refusal(EX_FAILURE, f"SOURCE {config.source}: {error_words(error.errno)}") from None
     origin = os.path.realpath(config.source)
     mountpoint = os.path.realpath(config.mountpoint)
-    for mounted in mount_table():
+    for mounted in diagnosis.mount_table():
         if mounted.mountpoint == mountpoint and mounted.fstype == f"fuse.{SUBTYPE}":
             state = "" if _answers(mountpoint) else ", and its server is gone; `umount` it first"
             raise Refusal(EX_FAILURE, f"{mountpoint} is already an iohang-mount of {mounted.source}{state}")
@@ -125,29 +113,6 @@ def _answers(mountpoint: str) -> bool:
     except OSError as error:
         return error.errno != errno.ENOTCONN
     return True
-
-
-def mount_table() -> list[Mounted]:
-    """The mounts of this namespace; see proc(5), mountinfo."""
-    table = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        separator = fields.index("-")
-        table.append(
-            Mounted(
-                mountpoint=_unescape(fields[4]),
-                device_minor=int(fields[2].partition(":")[2]),
-                fstype=fields[separator + 1],
-                source=_unescape(fields[separator + 2]),
-            )
-        )
-    return table
-
-
-def _unescape(field: str) -> str:
-    for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
-        field = field.replace(code, character)
-    return field
 
 
 def check_log(config: Config) -> None:
@@ -273,7 +238,7 @@ class _Server:
         self._started.serving()
 
     def _set_max_background(self) -> None:
-        ours = [mounted for mounted in mount_table() if mounted.mountpoint == self._mountpoint]
+        ours = [mounted for mounted in diagnosis.mount_table() if mounted.mountpoint == self._mountpoint]
         limits.set_max_background(ours[-1].device_minor, self._config.max_background)
 
     # ---- signals
@@ -303,7 +268,7 @@ class _Server:
                     "%s: cannot unmount %s: %s", why, self._mountpoint, error_words(error.errno)
                 )
                 return
-            users = await trio.to_thread.run_sync(users_of, self._mountpoint)
+            users = await trio.to_thread.run_sync(diagnosis.users_of, self._mountpoint)
             held = sum(len(image.held.held) for image in self._requests.images.values())
             log.warning(
                 "%s: %s stays mounted, it is in use by %s (%d requests held). Stop them, or send the signal again to "
@@ -323,85 +288,13 @@ class _Server:
     # ---- what the log gets
 
     def _log_event(self, event: Event) -> None:
-        level, text = sentence(event, wall_clock)
+        level, text = sentence(event, diagnosis.wall_clock)
         log.log(level, "%s", text)
 
     def _dump(self) -> None:
         """SIGUSR1: everything that waits, and where every task and thread is."""
-        lines = [f"{len(self._requests.images)} images are open"]
-        now = trio.current_time()
-        for image in self._requests.images.values():
-            lines += [_describe(image.held.image, request, now) for request in image.held.trying + image.held.waiting]
-        root = trio.lowlevel.current_root_task()
-        if root is not None:
-            lines += _task_lines(root)
-        for ident, frame in sys._current_frames().items():  # noqa: SLF001 - faulthandler cannot write to a logger
-            stack = traceback.extract_stack(frame)
-            lines.append(f"thread {ident}: " + " < ".join(f"{s.name}:{s.lineno}" for s in reversed(stack[-4:])))
-        for line in lines:
+        for line in diagnosis.dump(self._requests, trio.current_time()):
             log.info("%s", line)
-
-
-def _describe(image: str, request: Request, now: float) -> str:
-    deadline = "none" if request.deadline_s is None else wall_clock(request.deadline_s)
-    return (
-        f"{image}: {request.op} of {request.length} bytes at {request.offset}: {request.state.name.lower()}"
-        f"{', held' if request.held else ''}, for {now - request.arrived_s:.1f} s, {request.attempts} attempts, "
-        f"last error {error_words(request.errno) if request.errno else 'none'}, deadline {deadline}"
-    )
-
-
-def _task_lines(root: trio.lowlevel.Task) -> list[str]:
-    lines = []
-    tasks = [root]
-    while tasks:
-        task = tasks.pop()
-        try:
-            stack = [f"{frame.f_code.co_name}:{line}" for frame, line in task.iter_await_frames()]
-        except (RuntimeError, AttributeError, TypeError):  # pyfuse3's handlers are Cython's: no frames
-            stack = ["(compiled)"]
-        lines.append(f"task {task.name}: " + " > ".join(stack[-8:]))
-        tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
-    return lines
-
-
-def wall_clock(at_s: float) -> str:
-    """A moment of trio's clock as local time, to the second."""
-    if at_s == float("inf"):
-        return "ever"
-    return time.strftime("%H:%M:%S", time.localtime(time.time() + at_s - trio.current_time()))
-
-
-def users_of(mountpoint: str) -> list[str]:
-    """Processes with something open on *mountpoint*, as `qemu-system-x86 (1234)`. From /proc, never by touching the mount."""
-    users = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and _uses(process, mountpoint):
-            try:
-                name = (process / "comm").read_text().strip()
-            except OSError:
-                continue
-            users.append(f"{name} ({process.name})")
-    return users
-
-
-def _uses(process: Path, mountpoint: str) -> bool:
-    links = [process / "cwd", process / "root", process / "exe"]
-    try:
-        links += [*(process / "fd").iterdir()]
-    except OSError:
-        return False
-    for link in links:
-        try:
-            target = os.readlink(link)
-        except OSError:
-            continue
-        if target == mountpoint or target.startswith(mountpoint.rstrip("/") + "/"):
-            return True
-    try:
-        return f" {mountpoint.rstrip('/')}/" in (process / "maps").read_text(errors="replace")
-    except OSError:
-        return False
 
 
 def _policy(config: Config) -> Policy:

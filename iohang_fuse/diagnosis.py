@@ -1,0 +1,132 @@
+"""What somebody wants to know who looks for the reason: what waits, who uses the mount, where every task and thread is.
+
+Everything is read from this process and from /proc, and nothing from the mount, which may be what hangs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from iohang_fuse.messages import error_words
+
+if TYPE_CHECKING:
+    from iohang_fuse.rehandle import Request
+    from iohang_fuse.requests import Requests
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """One line of /proc/self/mountinfo."""
+
+    mountpoint: str
+    device_minor: int
+    fstype: str
+    source: str
+
+
+def mount_table() -> list[Mounted]:
+    """The mounts of this namespace; see proc(5), mountinfo."""
+    table = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        separator = fields.index("-")
+        table.append(
+            Mounted(
+                mountpoint=_unescape(fields[4]),
+                device_minor=int(fields[2].partition(":")[2]),
+                fstype=fields[separator + 1],
+                source=_unescape(fields[separator + 2]),
+            )
+        )
+    return table
+
+
+def _unescape(field: str) -> str:
+    for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
+        field = field.replace(code, character)
+    return field
+
+
+def dump(requests: Requests, now: float) -> list[str]:
+    """SIGUSR1's lines: every request that waits, and the stack of every task and thread."""
+    lines = [f"{len(requests.images)} images are open"]
+    for image in requests.images.values():
+        lines += [_describe(image.held.image, request, now) for request in image.held.trying + image.held.waiting]
+    root = trio.lowlevel.current_root_task()
+    if root is not None:
+        lines += _task_lines(root)
+    for ident, frame in sys._current_frames().items():  # noqa: SLF001 - faulthandler cannot write to a logger
+        stack = traceback.extract_stack(frame)
+        lines.append(f"thread {ident}: " + " < ".join(f"{s.name}:{s.lineno}" for s in reversed(stack[-4:])))
+    return lines
+
+
+def _describe(image: str, request: Request, now: float) -> str:
+    deadline = "none" if request.deadline_s is None else wall_clock(request.deadline_s)
+    return (
+        f"{image}: {request.op} of {request.length} bytes at {request.offset}: {request.state.name.lower()}"
+        f"{', held' if request.held else ''}, for {now - request.arrived_s:.1f} s, {request.attempts} attempts, "
+        f"last error {error_words(request.errno) if request.errno else 'none'}, deadline {deadline}"
+    )
+
+
+def _task_lines(root: trio.lowlevel.Task) -> list[str]:
+    lines = []
+    tasks = [root]
+    while tasks:
+        task = tasks.pop()
+        try:
+            stack = [f"{frame.f_code.co_name}:{line}" for frame, line in task.iter_await_frames()]
+        except (RuntimeError, AttributeError, TypeError):  # pyfuse3's handlers are Cython's: no frames
+            stack = ["(compiled)"]
+        lines.append(f"task {task.name}: " + " > ".join(stack[-8:]))
+        tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+    return lines
+
+
+def wall_clock(at_s: float) -> str:
+    """A moment of trio's clock as local time, to the second."""
+    if at_s == math.inf:
+        return "ever"
+    return time.strftime("%H:%M:%S", time.localtime(time.time() + at_s - trio.current_time()))
+
+
+def users_of(mountpoint: str) -> list[str]:
+    """Processes with something open on *mountpoint*, as `qemu-system-x86 (1234)`. From /proc, never by touching the mount."""
+    users = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and _uses(process, mountpoint):
+            try:
+                name = (process / "comm").read_text().strip()
+            except OSError:
+                continue
+            users.append(f"{name} ({process.name})")
+    return users
+
+
+def _uses(process: Path, mountpoint: str) -> bool:
+    links = [process / "cwd", process / "root", process / "exe"]
+    try:
+        links += [*(process / "fd").iterdir()]
+    except OSError:
+        return False
+    for link in links:
+        try:
+            target = os.readlink(link)
+        except OSError:
+            continue
+        if target == mountpoint or target.startswith(mountpoint.rstrip("/") + "/"):
+            return True
+    try:
+        return f" {mountpoint.rstrip('/')}/" in (process / "maps").read_text(errors="replace")
+    except OSError:
+        return False
