@@ -91,7 +91,10 @@ def _table(sides: list[Side]) -> Table:
             str(len(side.guest.in_flight)),
             Text(f"{ago_s:.1f} s ago", style="yellow" if ago_s > 1 else "green"),
             Text(str(len(side.guest.errors)), style="bold red" if side.guest.errors else "green"),
-            Text(messages[-1].text[-60:] if messages else "-", style="red" if messages else "green"),
+            Text(
+                re.sub(r"^\[ *[\d.]+\] ", "", messages[-1])[:50] if messages else "-",
+                style="red" if messages else "green",
+            ),
         )
     return table
 
@@ -127,20 +130,26 @@ def rehearse(folder: Path, outage_s: float, console: Console) -> bool:
             Side("on iohang-fuse", with_us, real / "with.img"),
             Side("on the bare storage", without_us, real / "without.img"),
         ]
-        screen = Screen(console)
-        with screen.shown():
-            for phase, span_s in (("Storage works", BEFORE_S), ("OUTAGE", outage_s), ("Storage works again", AFTER_S)):
-                if phase == "OUTAGE":
-                    storage.fail("data *.img errno=EIO")
-                else:
-                    storage.heal()
-                end_s = time.monotonic() + span_s
-                while (left_s := end_s - time.monotonic()) > 0:
-                    screen.show(f"{phase}: {left_s:3.0f} s to go", sides, held_words(mount.log_text()))
-                    time.sleep(0.1)
+        try:
+            _run_phases(sides, outage_s, storage, mount, Screen(console))
+        finally:
+            storage.heal()  # or the guests could not be ended
         for side in sides:
             side.guest.finish()
     return verdict(sides, outage_s, console)
+
+
+def _run_phases(sides: list[Side], outage_s: float, storage: FlakySource, mount: Mount, screen: Screen) -> None:
+    with screen.shown():
+        for phase, span_s in (("Storage works", BEFORE_S), ("OUTAGE", outage_s), ("Storage works again", AFTER_S)):
+            if phase == "OUTAGE":
+                storage.fail("data *.img errno=EIO")
+            else:
+                storage.heal()
+            end_s = time.monotonic() + span_s
+            while (left_s := end_s - time.monotonic()) > 0:
+                screen.show(f"{phase}: {left_s:3.0f} s to go", sides, held_words(mount.log_text()))
+                time.sleep(0.1)
 
 
 def verdict(sides: list[Side], outage_s: float, console: Console) -> bool:

@@ -273,7 +273,10 @@ class _Server:
             log.warning(
                 "%s: %s stays mounted, it is in use by %s (%d requests held). Stop them, or send the signal again to "
                 "detach the mount and end what is held with an error.",
-                why, self._mountpoint, ", ".join(users) or "the kernel or another mount namespace", held,
+                why,
+                self._mountpoint,
+                ", ".join(users) or "a process that was killed and waits for its I/O, or one in another mount namespace",
+                held,
             )  # fmt: skip
             return
         if not insist:
