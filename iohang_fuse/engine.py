@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -56,10 +57,8 @@ class Flight(Generic[T]):
             trio.lowlevel.reschedule(task, outcome.Error(Abandoned()))
 
     def _deliver(self, result: outcome.Outcome[T]) -> None:
-        try:
+        with contextlib.suppress(trio.RunFinishedError):  # the server has ended without waiting for this thread
             self._token.run_sync_soon(self._landed, result)
-        except trio.RunFinishedError:
-            pass  # the server has ended without waiting for this thread
 
     def _landed(self, result: outcome.Outcome[T]) -> None:
         if self._task is None:
@@ -105,10 +104,14 @@ class Backing:
 
     def write(self, offset: int, data: bytes) -> int:
         """Write all of *data*; when this returns, its result is final. Clears set-ID bits as the opener's write would."""
+
         # acting_as: without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write, which FUSE leaves
-        # to us (FUSE_CAP_HANDLE_KILLPRIV).
-        with acting_as(self._opener, with_groups=False):
-            return self._exclusively(lambda fd: _write_whole(fd, data, offset))
+        # to us (FUSE_CAP_HANDLE_KILLPRIV). Around the write alone: it does not nest, and opening a spare is one more.
+        def write_as_opener(fd: int) -> int:
+            with acting_as(self._opener, with_groups=False):
+                return _write_whole(fd, data, offset)
+
+        return self._exclusively(write_as_opener)
 
     def truncate(self, size: int) -> None:
         """Change the file's size."""
@@ -120,15 +123,16 @@ class Backing:
         self._exclusively(os.fdatasync if data_only else os.fsync)
 
     def close(self) -> None:
-        """Close all descriptors; blocks where the file system flushes on close."""
-        for fd in (*self._spares, self.fd):
-            os.close(fd)
+        """Close all descriptors; blocks where the file system flushes on close. Raises what closing the main one did."""
+        _close_spares(self._spares)
+        os.close(self.fd)
 
     def _exclusively(self, work: Callable[[int], T]) -> T:
         if self._spare_flags is None:
             return work(self.fd)
+        spares = self._spares
         try:
-            fd = self._spares.pop()
+            fd = spares.pop()
         except IndexError:
             fd = self._open_spare()
         if fd < 0:
@@ -137,16 +141,23 @@ class Backing:
         try:
             result = work(fd)
         except BaseException:
-            # Every other descriptor will report this same failure once more, to a write that has done nothing wrong.
+            # Every other descriptor will report this same failure once more, to a write that has done nothing wrong:
+            # those at hand are closed now, those in use when they come back and find another list.
             stale, self._spares = self._spares, []
-            for spare in (*stale, fd):
-                os.close(spare)
+            _close_spares([*stale, fd])
             raise
-        self._spares.append(fd)
+        if spares is self._spares:
+            spares.append(fd)
+        else:
+            _close_spares([fd])
         return result
 
     def _open_spare(self) -> int:
-        """One more description of the same file, or -1 where nobody may open it again (mode 0444, made by its user)."""
+        """One more description of the same file, or -1 where there is none to be had.
+
+        Nobody may open it again (mode 0444, made by its user), or no more files may be open: not the storage's fault, so
+        neither an error for the guest nor a reason to hold.
+        """
         assert self._spare_flags is not None
         for who in (self._opener, SERVER):
             try:
@@ -154,7 +165,16 @@ class Backing:
                     return os.open(by_descriptor(self.fd), self._spare_flags)
             except PermissionError:
                 continue
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE}:
+                    raise
         return -1
+
+
+def _close_spares(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        with contextlib.suppress(OSError):  # its writes have had their answers; the descriptor is gone all the same
+            os.close(fd)
 
 
 def _write_whole(fd: int, data: bytes, offset: int) -> int:

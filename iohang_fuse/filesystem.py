@@ -12,8 +12,9 @@ import errno
 import functools
 import logging
 import os
+import resource
+import stat
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pyfuse3
@@ -29,7 +30,7 @@ from iohang_fuse.source import Attributes, Caller, Found, Stability
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from iohang_fuse.requests import Handle, Requests
+    from iohang_fuse.requests import Handle, Image, Requests
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +39,9 @@ log = logging.getLogger(__name__)
 METADATA_THREADS = 128
 """System calls on metadata at once, apart from data: a directory that hangs must leave room for `ls` of the others."""
 
-_LISTED_AT_ONCE = 32  # entries looked up ahead of a listing: about what the kernel's buffer of 4 KiB takes
+_LISTING_BYTES = 4096  # the smallest buffer with which the kernel asks for entries of a directory
+_ENTRY_BYTES = 152  # struct fuse_direntplus in linux/fuse.h, before the name
+_NOW_NS = 10_000_000_000  # how long a request that sets times to now may have waited for us
 _CAPABILITY = b"security.capability"
 
 
@@ -67,7 +70,6 @@ class _Listing:
         self.fd = fd
         self.caller = caller
         self.names: list[bytes] | None = None
-        self.ahead: deque[tuple[int, Found | None]] = deque()  # (position, what was found there)
         self.turn = trio.Lock()
 
 
@@ -100,14 +102,20 @@ class Filesystem(pyfuse3.Operations):
         self._limiter = trio.CapacityLimiter(METADATA_THREADS)
         self._unwanted: list[int] = []
         self._unwanted_there = trio.Event()
+        self._closing = trio.Lock()
 
     async def close_unwanted(self) -> None:
         """Close O_PATH descriptors of forgotten nodes: in a thread, because the last one of a file may cost I/O."""
         while True:
             await self._unwanted_there.wait()
             self._unwanted_there = trio.Event()
+            await self._close_unwanted()
+
+    async def _close_unwanted(self) -> None:
+        async with self._closing:
             batch, self._unwanted = self._unwanted, []
-            await self._do(source.close_all, batch)
+            if batch:
+                await self._do(source.close_all, batch)
 
     # ---- shared by the handlers
 
@@ -126,9 +134,33 @@ class Filesystem(pyfuse3.Operations):
 
     def _looked_up(self, found: Found, parent: int, name: bytes) -> EntryAttributes:
         node, new = self._inodes.looked_up(found.key, found.fd, parent, name)
-        if not new:
+        if new:
+            node.directory = stat.S_ISDIR(found.stat.st_mode)
+            if self._crowded():
+                self._make_room()
+        else:
             self._discard(found.fd)
         return self._entry(node, found.stat)
+
+    def _crowded(self) -> bool:
+        """Whether nodes take more than half of the descriptors that we may have: one each."""
+        return len(self._inodes) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+    def _make_room(self) -> None:
+        """The kernel forgets nodes only for want of memory: ask it to before the descriptors run out.
+
+        Not for directories, which processes are in, nor for open images: they would show as deleted.
+        """
+        for node in self._inodes.to_forget(4):  # for one that is new: fast enough, and some are not to be had
+            if node.id not in self._requests.images:
+                node.asked = True
+                for parent, name in node.names:
+                    pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+
+    def _forget(self, inode: int, lookups: int) -> None:
+        node = self._inodes.forget(inode, lookups)
+        if node is not None:
+            self._discard(node.fd)
 
     def _entry(self, node: Node, attributes: os.stat_result, size: int | None = None) -> EntryAttributes:
         entry = EntryAttributes()
@@ -150,16 +182,24 @@ class Filesystem(pyfuse3.Operations):
         return entry
 
     def _name(self, node: Node) -> str:
-        return os.fsdecode(self._inodes.path(node))
+        # For people, logs and monitors: always valid text, which a name need not be.
+        return self._inodes.path(node).decode(errors="backslashreplace")
 
     # ---- names
 
     @_translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        parent, caller = self._node(parent_inode), _caller(ctx)
+        if self._sick(parent_inode, name) and await self._may_search(parent, caller):
+            entry = self._remembered(parent_inode, name)
+            if entry is not None:
+                return entry
         try:
-            found = await self._do(source.lookup, self._node(parent_inode).fd, name, _caller(ctx))
+            found = await self._do(source.lookup, parent.fd, name, caller)
         except OSError as error:
-            entry = self._remembered(parent_inode, name, error)
+            if not self._masked(parent_inode, name, error) or not await self._may_search(parent, caller):
+                raise
+            entry = self._remembered(parent_inode, name)
             if entry is None:
                 raise
             return entry
@@ -169,23 +209,41 @@ class Filesystem(pyfuse3.Operations):
             image.saw(found.stat)
         return entry
 
-    def _remembered(self, parent: int, name: bytes, error: OSError) -> EntryAttributes | None:
-        """An open image is still found by its name while SOURCE fails: a manager's stat(2) is no reason to alarm it."""
+    # An open image is still found by its name while SOURCE fails: a manager's stat(2) is no reason to alarm it.
+
+    def _image(self, parent: int, name: bytes) -> Image | None:
         node = self._inodes.named(parent, name)
-        image = None if node is None else self._requests.images.get(node.id)
-        if node is None or image is None or error.errno not in image.held.policy.errors:
+        return None if node is None else self._requests.images.get(node.id)
+
+    def _sick(self, parent: int, name: bytes) -> bool:
+        image = self._image(parent, name)
+        return image is not None and image.held.sick and image.remembered() is not None
+
+    def _masked(self, parent: int, name: bytes, error: OSError) -> bool:
+        image = self._image(parent, name)
+        return image is not None and error.errno in image.held.policy.errors
+
+    async def _may_search(self, directory: Node, caller: Caller) -> bool:
+        if caller.uid == 0:
+            return True
+        try:
+            await self._do(source.check_access, directory.fd, os.X_OK, caller)
+        except OSError:
+            return False
+        return True
+
+    def _remembered(self, parent: int, name: bytes) -> EntryAttributes | None:
+        image = self._image(parent, name)
+        remembered = None if image is None else image.remembered()
+        if image is None or remembered is None:
             return None
-        remembered = image.remembered()
-        if remembered is None:
-            return None
+        node = self._node(image.node_id)
         node.lookups += 1
         return self._entry(node, *remembered)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, lookups in inode_list:
-            node = self._inodes.forget(inode, lookups)
-            if node is not None:
-                self._discard(node.fd)
+            self._forget(inode, lookups)
 
     @_translated
     async def mknod(
@@ -222,6 +280,8 @@ class Filesystem(pyfuse3.Operations):
 
     @_translated
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        # NFS removes a file only when its last descriptor is closed (nfs_sillyrename), ours of a forgotten node included.
+        await self._close_unwanted()
         await self._do(source.remove_directory, self._node(parent_inode).fd, name, _caller(ctx))
         self._inodes.unlinked(parent_inode, name)
 
@@ -250,6 +310,9 @@ class Filesystem(pyfuse3.Operations):
 
     @_translated
     async def getattr(self, inode: int, _ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        return await self._attributes(inode)
+
+    async def _attributes(self, inode: int) -> EntryAttributes:
         node = self._node(inode)
         image = self._requests.images.get(inode)
         if image is None:
@@ -284,6 +347,8 @@ class Filesystem(pyfuse3.Operations):
         image = self._requests.images.get(inode)
         if size is not None and handle is not None:
             await self._truncate(handle, size)
+            if not (fields.update_mode or fields.update_mtime or fields.update_atime):
+                return await self._attributes(inode)
             size = None
         changes = Attributes(
             size=size,
@@ -294,8 +359,8 @@ class Filesystem(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             times_may_mean_now=fields.update_atime
             and fields.update_mtime
-            and 0 <= received_ns - attr.st_mtime_ns < 100_000_000
-            and 0 <= received_ns - attr.st_atime_ns < 100_000_000,
+            and attr.st_atime_ns == attr.st_mtime_ns
+            and 0 <= received_ns - attr.st_mtime_ns < _NOW_NS,
         )
         attributes = await self._do(source.change, node.fd, changes, _caller(ctx))
         if image is not None:
@@ -311,7 +376,8 @@ class Filesystem(pyfuse3.Operations):
 
     @_translated
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
-        return await self._do(source.permitted, self._node(inode).fd, mode, _caller(ctx))
+        await self._do(source.check_access, self._node(inode).fd, mode, _caller(ctx))
+        return True
 
     @_translated
     async def statfs(self, _ctx: pyfuse3.RequestContext) -> StatvfsData:
@@ -329,19 +395,16 @@ class Filesystem(pyfuse3.Operations):
         image = self._requests.images.get(inode)
         if image is None or name != _CAPABILITY:
             return await self._do(source.get_xattr, node.fd, name, _caller(ctx))
-        # The kernel asks for this before every buffered write. It is asked of SOURCE once, and never while that hangs.
-        if image.capability is None:
-            if image.held.sick:
-                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-            try:
-                image.capability = await self._do(source.get_xattr, node.fd, name, _caller(ctx))
-            except OSError as error:
-                if error.errno in {errno.ENODATA, errno.EOPNOTSUPP}:
-                    image.capability = error.errno
-                raise
-        if isinstance(image.capability, int):
-            raise OSError(image.capability, os.strerror(image.capability))
-        return image.capability
+        # The kernel asks for this before every write. SOURCE is asked once, at the open: when it hangs, it is a write that
+        # must meet that, to be counted and held.
+        if image.capability is None and not image.held.sick:
+            image.capability = await self._do(source.read_capability, node.fd)
+        capability = image.capability
+        if capability is None:
+            capability = errno.ENODATA
+        if isinstance(capability, int):
+            raise OSError(capability, os.strerror(capability))
+        return capability
 
     @_translated
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -380,54 +443,62 @@ class Filesystem(pyfuse3.Operations):
             await self._list(listing, start_id, token)
 
     async def _list(self, listing: _Listing, position: int, token: pyfuse3.ReaddirToken) -> None:
-        """One reading of all names when the listing begins: entries that come or go meanwhile neither shift nor repeat others."""
+        """One reading of all names when the listing begins: entries that come or go meanwhile neither shift nor repeat others.
+
+        No more is looked up than is surely told in this answer: the kernel locks the directory until then, but afterwards
+        a name may be unlinked, and telling it later would bring it back.
+        """
         if position == 0 or listing.names is None:
             listing.names = await self._do(source.list_names, listing.fd)
-            self._drop_ahead(listing)
-        while position < len(listing.names):
-            if not listing.ahead or listing.ahead[0][0] != position:
-                self._drop_ahead(listing)
-                await self._look_ahead(listing, position)
-            found = listing.ahead[0][1]
-            if found is not None and not self._reply(listing, position, found, token):
-                return
-            listing.ahead.popleft()
-            position += 1
+        told = 0
+        while not told and position < len(listing.names):
+            # While it is crowded, one at a time: the kernel drops a name only between two requests for its directory.
+            names = _one_answer(listing.names, position)[: 1 if self._crowded() else None]
+            for name, found in zip(names, await self._look_up_listed(listing, names), strict=False):
+                position += 1
+                if found is not None:
+                    entry = (
+                        found if isinstance(found, EntryAttributes) else self._looked_up(found, listing.node.id, name)
+                    )
+                    if not pyfuse3.readdir_reply(token, name, entry, position):
+                        raise RuntimeError("the kernel asked with a smaller buffer than it ever had")
+                    told += 1
 
-    async def _look_ahead(self, listing: _Listing, position: int) -> None:
-        assert listing.names is not None
-        names = listing.names[position : position + _LISTED_AT_ONCE]
-        dots = sum(name in {b".", b".."} for name in names)
-        found: list[Found | None] = []
-        if dots:
-            here = await self._do(os.fstat, listing.node.fd)
-            found += [Found(-1, listing.node.key, here)] * dots
-        found += await self._do(source.lookup_listed, listing.node.fd, names[dots:], listing.caller)
-        listing.ahead.extend(enumerate(found, position))
+    async def _look_up_listed(self, listing: _Listing, names: Sequence[bytes]) -> list[Found | EntryAttributes | None]:
+        """What is behind *names*: up to the first that cannot be looked up, which is an error only in the first place."""
+        parent = listing.node.id
+        sick = {name for name in names if self._sick(parent, name)}
+        wanted = [name for name in names if name not in {b".", b"..", *sick}]
+        there: dict[bytes, Found | OSError | EntryAttributes | None] = {}
+        if len(wanted) + len(sick) < len(names):
+            there |= self._dots(listing.node, await self._do(os.fstat, listing.node.fd))
+        found = await self._do(source.lookup_listed, listing.node.fd, wanted, listing.caller)
+        there |= zip(wanted, found, strict=True)
+        entries: list[Found | EntryAttributes | None] = []
+        for name in names:
+            one = there.get(name)
+            if name in sick or (isinstance(one, OSError) and self._masked(parent, name, one)):
+                one = self._remembered(parent, name) or one
+            if isinstance(one, OSError) or (one is None and name in sick):
+                break
+            entries.append(one)
+        rest = [there.get(name) for name in names[len(entries) :]]
+        for one in rest:
+            if isinstance(one, Found):
+                self._discard(one.fd)
+        if not entries and isinstance(rest[0], OSError):
+            raise rest[0]
+        return entries
 
-    def _reply(self, listing: _Listing, position: int, found: Found, token: pyfuse3.ReaddirToken) -> bool:
-        assert listing.names is not None
-        name = listing.names[position]
-        if found.fd < 0:  # `.` and `..`: the kernel counts no lookup for them
-            return pyfuse3.readdir_reply(token, name, self._entry(listing.node, found.stat), position + 1)
-        node, new = self._inodes.looked_up(found.key, found.fd, listing.node.id, name)
-        if pyfuse3.readdir_reply(token, name, self._entry(node, found.stat), position + 1):
-            if not new:
-                self._discard(found.fd)
-            return True
-        self._inodes.forget(node.id, 1)  # not told to the kernel; *found* keeps its descriptor for the next call
-        return False
-
-    def _drop_ahead(self, listing: _Listing) -> None:
-        for _, found in listing.ahead:
-            if found is not None and found.fd >= 0:
-                self._discard(found.fd)
-        listing.ahead.clear()
+    def _dots(self, directory: Node, attributes: os.stat_result) -> dict[bytes, EntryAttributes]:
+        """`.` and `..`, of which the kernel takes the inode number alone, and counts no lookup."""
+        dot, dots = self._entry(directory, attributes), self._entry(directory, attributes)
+        dots.st_ino = self._inodes.parent(directory)
+        return {b".": dot, b"..": dots}
 
     @_translated
     async def releasedir(self, fh: int) -> None:
         listing = self._listings.pop(fh)
-        self._drop_ahead(listing)
         await self._do(os.close, listing.fd)
 
     @_translated
@@ -441,6 +512,8 @@ class Filesystem(pyfuse3.Operations):
         node, caller = self._node(inode), _caller(ctx)
         opened = await self._do(source.open_data, node.fd, flags, caller, self._stability)
         handle = self._requests.opened(inode, self._name(node), Backing(*opened, caller), flags)
+        if handle.image.capability is None and flags & os.O_ACCMODE != os.O_RDONLY:
+            handle.image.capability = await self._do(source.read_capability, node.fd)
         if flags & os.O_TRUNC:
             handle.image.truncated(0)
         return FileInfo(fh=handle.number, keep_cache=False)
@@ -454,6 +527,8 @@ class Filesystem(pyfuse3.Operations):
         entry = self._looked_up(found, parent_inode, name)
         node = self._node(entry.st_ino)
         handle = self._requests.opened(node.id, self._name(node), Backing(*opened, caller), flags)
+        if flags & os.O_EXCL:
+            handle.image.capability = errno.ENODATA
         return FileInfo(fh=handle.number, keep_cache=False), entry
 
     @_translated
@@ -493,6 +568,16 @@ class Filesystem(pyfuse3.Operations):
     def nodes(self) -> int:
         """How many inodes the kernel knows of."""
         return len(self._inodes)
+
+
+def _one_answer(names: Sequence[bytes], position: int) -> Sequence[bytes]:
+    """The names from *position* on that fit into one answer."""
+    room = _LISTING_BYTES
+    for end in range(position, len(names)):
+        room -= (_ENTRY_BYTES + len(names[end]) + 7) & ~7
+        if room < 0:
+            return names[position:end]
+    return names[position:]
 
 
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:

@@ -28,6 +28,7 @@ import fnmatch
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -43,12 +44,13 @@ from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _DATA = frozenset({"read", "write", "fsync"})
+_WITH_BYTES = frozenset({"read", "write"})
 _BY_INODE = "getattr setattr readlink open opendir access getxattr setxattr listxattr removexattr link".split()
 _BY_NAME = "lookup mknod mkdir unlink rmdir symlink rename create".split()
 _BY_HANDLE = "read write fsync flush release".split()
@@ -62,7 +64,10 @@ class BadRule(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of the trigger file. *bytes_from* and *bytes_to* are the first and the last byte it is about."""
+    """One line of the trigger file. *bytes_from* and *bytes_to* are the first and the last byte it is about.
+
+    With bytes, it is about reads and writes alone, whatever else it names.
+    """
 
     operations: frozenset[str]
     files: str
@@ -78,9 +83,14 @@ class Rule:
         return (
             operation in self.operations
             and (fnmatch.fnmatchcase(path, self.files) or fnmatch.fnmatchcase(os.path.basename(path), self.files))
+            and (self._all_bytes or operation in _WITH_BYTES)
             and offset <= self.bytes_to
             and offset + max(length, 1) > self.bytes_from
         )
+
+    @property
+    def _all_bytes(self) -> bool:
+        return (self.bytes_from, self.bytes_to) == (0, math.inf)
 
 
 def parse(text: str) -> list[Rule]:
@@ -91,7 +101,7 @@ def parse(text: str) -> list[Rule]:
         if words:
             try:
                 rules.append(_parse_line(words))
-            except (ValueError, BadRule) as error:
+            except BadRule as error:
                 raise BadRule(f"line {number}: {error}") from None
     return rules
 
@@ -99,23 +109,29 @@ def parse(text: str) -> list[Rule]:
 def _parse_line(words: list[str]) -> Rule:
     if len(words) < 3:
         raise BadRule(f"{' '.join(words)!r} is not `OPERATIONS FILES WHAT...`, as in `write *.img errno=EIO`")
+    operations = _operations(words[0])
     fields: dict[str, Any] = {}
     for word in words[2:]:
-        key, _, value = word.partition("=")
-        if key == "errno" and isinstance(getattr(errno, value, None), int):
-            fields["errno"] = getattr(errno, value)
-        elif key == "hang" and not value:
-            fields["hang"] = True
-        elif key == "short":
-            fields["short"] = int(value)
-        elif key == "delay":
-            fields["delay_s"] = float(value)
-        elif key == "bytes":
-            first, _, last = value.partition("-")
-            fields |= {"bytes_from": int(first), "bytes_to": int(last)}
-        else:
-            raise BadRule(f"{word!r} is none of errno=NAME, hang, short=BYTES, delay=SECONDS, bytes=FIRST-LAST")
-    return Rule(_operations(words[0]), words[1], **fields)
+        fields |= _what(word)
+        if word.startswith(("short=", "bytes=")) and not operations & _WITH_BYTES:
+            raise BadRule(f"{word!r} is for read and write")
+    return Rule(operations, words[1], **fields)
+
+
+def _what(word: str) -> dict[str, Any]:
+    key, _, value = word.partition("=")
+    if word == "hang":
+        return {"hang": True}
+    if key == "errno" and isinstance(getattr(errno, value, None), int):
+        return {"errno": getattr(errno, value)}
+    if key == "delay" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", value, re.ASCII):
+        return {"delay_s": float(value)}
+    if key == "short" and re.fullmatch(r"\d+", value, re.ASCII):
+        return {"short": int(value)}
+    span = re.fullmatch(r"(\d+)-(\d+)", value, re.ASCII)
+    if key == "bytes" and span and int(span[1]) <= int(span[2]):
+        return {"bytes_from": int(span[1]), "bytes_to": int(span[2])}
+    raise BadRule(f"{word!r} is none of errno=NAME, hang, short=BYTES, delay=SECONDS, bytes=FIRST-LAST")
 
 
 def _operations(word: str) -> frozenset[str]:
@@ -200,7 +216,7 @@ def _with_fault(name: str, path_of: Callable[[FlakyFilesystem, tuple[Any, ...]],
 
 
 def _named(self: FlakyFilesystem, args: tuple[Any, ...]) -> str:
-    parent, name = self._path_of(args[0]), os.fsdecode(args[1])
+    parent, name = self._path_of(args[0]), args[1].decode(errors="backslashreplace")
     return name if parent in {"", "."} else f"{parent}/{name}"
 
 

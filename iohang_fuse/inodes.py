@@ -9,8 +9,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = 1
 _FOREIGN = 1 << 62
@@ -34,6 +38,8 @@ class Node:
     key: Key
     fd: int
     lookups: int = 0
+    directory: bool = False
+    asked: bool = False  # whether the kernel has been asked to forget it, since it was last looked up
     names: dict[tuple[int, bytes], None] = field(default_factory=dict)  # (parent's id, name), oldest first
 
 
@@ -69,6 +75,7 @@ class Inodes:
             node = Node(self._free_id(key), self._generation, key, fd)
             self._by_id[node.id] = self._by_key[key] = node
         node.lookups += 1
+        node.asked = False
         if node.id != ROOT:
             self._give_name(node, parent, name)
         return node, new
@@ -93,6 +100,8 @@ class Inodes:
 
     def renamed(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, exchange: bool) -> None:
         """*name* has become *new_name*; with *exchange* also the other way round."""
+        if self.named(parent, name) is not None and self.named(parent, name) is self.named(new_parent, new_name):
+            return  # two links to one file: rename(2) leaves both
         moved = self._take_name(parent, name)
         target = self._take_name(new_parent, new_name)
         if moved is not None:
@@ -116,6 +125,18 @@ class Inodes:
     def all(self) -> list[Node]:
         """Every node, the root included."""
         return [*self._by_id.values()]
+
+    def parent(self, node: Node) -> int:
+        """The id of a directory that *node* was last seen in; the root is its own, as `..` has it."""
+        return next(iter(node.names), (node.id, b""))[0]
+
+    def to_forget(self, count: int) -> Iterator[Node]:
+        """Of the *count* nodes whose turn it is, in the order of their first lookup, those that may be asked for."""
+        for node in [*itertools.islice(self._by_id.values(), count)]:
+            del self._by_id[node.id]
+            self._by_id[node.id] = node
+            if not (node.directory or node.asked or node.id == ROOT):
+                yield node
 
     def _free_id(self, key: Key) -> int:
         # The inode's own number where it is free, so that `ls -i` shows the same here as on SOURCE.

@@ -47,11 +47,11 @@ def sentence(event: Event, clock: Callable[[float], str]) -> tuple[int, str]:
                 f"{event.image}: {event.op} failed with {error_words(event.errno)}; "
                 f"held since {clock(event.at_s)}, {until}. Its consumer waits; nothing is lost."
             )
-        case HangEnded() if event.given_up:
+        case HangEnded() if event.given_up or event.passed_on:
             return logging.ERROR, (
                 f"{event.image}: the hang since {clock(event.at_s - event.duration_s)} is over after "
-                f"{span_words(event.duration_s)}: {event.given_up} requests were given up, {event.recovered} recovered; "
-                f"the error was {error_words(event.errno)}."
+                f"{span_words(event.duration_s)}: {event.given_up} of its requests were given up, {event.passed_on} passed on, "
+                f"{event.recovered} recovered; the error was {error_words(event.errno)}."
             )
         case HangEnded():
             return logging.WARNING, (

@@ -241,9 +241,7 @@ class RehandleList:
         closes_gate = request.started_s >= self._success_s and not request.stubborn
         request.stubborn = request.stubborn or request.freed
         request.freed = False
-        self._limit_wait(request, now)
-        assert request.deadline_s is not None
-        if now >= request.deadline_s:
+        if request.deadline_s is not None and now >= request.deadline_s:
             self._give_up(request, now, step)
         elif self.timed_out and not request.held:
             self._answer(request, self.policy.timeout_errno)
@@ -274,8 +272,7 @@ class RehandleList:
         self._end(request)
         if request.held:
             self._release(request, now, step)
-        if returned:  # otherwise it is the end of the server, and nothing more goes out
-            self._pump(now, step)
+        self._pump(now, step)
         return step
 
     # ---- time and operators
@@ -404,6 +401,7 @@ class RehandleList:
             return False
         if request.op is Op.WRITE and not self._held_bytes.take(request.length, whatever_the_limit=in_flight):
             return False
+        self._limit_wait(request, now)
         request.held = True
         self.held[request.seq] = request
         if self._hang is None:
@@ -492,8 +490,11 @@ class RehandleList:
         step.woken.append(request)
         if not self.timed_out:
             self.timed_out = True
-            if self._hang is None:
+            if self._hang is None:  # sick all the same: what waits here must not wait for ever
                 self._sick_since_s = now
+                for _, _, waiting in self._ready:
+                    if waiting.state is State.WAITING:
+                        self._limit_wait(waiting, now)
             if self._tick_s == math.inf:
                 self._tick_s = now + self.policy.interval_s
             others = len(self.held) - request.held

@@ -98,7 +98,7 @@ class Requests:
             now = trio.current_time()
             for image in [*self.images.values()]:
                 if image.held.blocked(now):
-                    self._apply(image, image.held.tick(now))
+                    self._tick(image)
 
     # ---- handles
 
@@ -132,6 +132,7 @@ class Requests:
         """Answer one request: the result of *attempt*, or OSError when it was given up or its error is passed on."""
         image = handle.image
         held = image.held
+        sent = 0  # attempts that were sent out; `request.attempts` counts those whose turn has come
         request, step = held.arrive(op, offset, length, trio.current_time())
         try:
             while True:
@@ -140,26 +141,26 @@ class Requests:
                     await self._next_state(request)
                 if request.answer is not None:
                     raise OSError(request.answer, os.strerror(request.answer))
+                sent += 1
                 try:
                     result = await self._attempt(handle, request, attempt)
                 except Abandoned:
                     step = Step()
                 except OSError as error:
-                    number = error.errno if error.errno is not None else errno.EIO
                     log.debug(
                         "%s: %s of %d bytes at %d, attempt %d: %s",
                         held.image, op, length, offset, request.attempts, error,
                     )  # fmt: skip
-                    step = held.failed(request, number, trio.current_time())
+                    step = held.failed(request, error.errno or errno.EIO, trio.current_time())
                 else:
-                    self._apply(image, held.succeeded(request, trio.current_time()))
-                    return result
-        except Exception:
-            if request.state is not State.ENDED:  # a bug of ours: this request's end, and no other's (P11)
-                self._apply(image, held.cancelled(request, trio.current_time(), returned=True))
-            raise
-        except BaseException:  # the end of the server; the attempt may still be in its thread
-            self._apply(image, held.cancelled(request, trio.current_time(), returned=False))
+                    step = held.succeeded(request, trio.current_time())
+                    if request.answer is None:
+                        self._apply(image, step)
+                        return result
+        except BaseException:
+            # The answer, a bug, or the end of the server. An attempt in its thread reports itself; one whose turn came and
+            # that was not sent out (its read was given up before this task ran again) does not.
+            self._apply(image, held.cancelled(request, trio.current_time(), returned=request.attempts > sent))
             raise
 
     async def _attempt(self, handle: Handle, request: Request, attempt: Callable[[], T]) -> T:
@@ -176,9 +177,15 @@ class Requests:
             result = await flight.land()
         except (Abandoned, trio.Cancelled):
             raise  # the thread goes on: `late` will tell
-        except BaseException:
+        except OSError:
             handle.returned()
             raise
+        except Exception:  # a bug: this request's end, and no other's (P11)
+            handle.returned()
+            self._apply(image, image.held.cancelled(request, trio.current_time(), returned=True))
+            raise
+        finally:
+            request.wake = None  # the rehandle list may remember the request for a while, but not its data
         handle.returned()
         return result
 
@@ -195,6 +202,7 @@ class Requests:
 
         request.wake = wake
         await trio.lowlevel.wait_task_rescheduled(abort)
+        await trio.lowlevel.checkpoint_if_cancelled()  # no attempt goes out after the end of the server
 
     # ---- time and operators
 
@@ -209,7 +217,10 @@ class Requests:
         """Do what a decision says: tell the listeners, wake the requests, set the timer, send the probe."""
         for event in step.events:
             for listener in self._listeners:
-                listener(event)
+                try:
+                    listener(event)
+                except Exception:  # whoever looks on must not keep a request from being woken
+                    log.exception("%s: a listener failed at %s", image.held.image, event)
         for request in step.woken:
             if request.wake is not None:
                 request.wake()
@@ -230,8 +241,15 @@ class Requests:
             with scope:
                 await trio.sleep_forever()
             if image.timer is scope:
-                image.timer = scope = trio.CancelScope()
-                self._apply(image, image.held.tick(trio.current_time()))
+                # Should the tick fail, the next one is an interval away.
+                image.timer = scope = trio.CancelScope(deadline=trio.current_time() + self._policy.interval_s)
+                self._tick(image)
+
+    def _tick(self, image: Image) -> None:
+        try:
+            self._apply(image, image.held.tick(trio.current_time()))
+        except Exception:  # a bug costs the hanging image its timer's turn, not every image the mount (P11)
+            log.exception("%s: a bug in the timer; the mount stays", image.held.image)
 
     async def _probe(self, image: Image) -> None:
         """Read a little where the image last failed: a timed-out image without requests would never be seen to work again."""
@@ -246,10 +264,8 @@ class Requests:
                     await Flight(lambda: backing.read(offset, 512), handle.returned).land()
                 else:
                     await Flight(lambda: backing.sync(data_only=True), handle.returned).land()
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is no sign that the image works
                 log.debug("%s: probe at %d: %s", image.held.image, offset, error)
-            except trio.Cancelled:
-                raise
             else:
                 success = True
             handle.returned()

@@ -145,42 +145,34 @@ def lookup(directory: int, name: bytes, caller: Caller) -> Found:
         return identify(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
 
 
-def lookup_listed(directory: int, names: Sequence[bytes], caller: Caller) -> list[Found | None]:
-    """The inodes behind names that a listing gave; None for what has vanished since.
+def lookup_listed(directory: int, names: Sequence[bytes], caller: Caller) -> list[Found | OSError | None]:
+    """The inodes behind names that a listing gave; None for what has vanished since, an error in the place of its entry.
 
     A caller who may list a directory but not search it still gets the entries: found as the server, then.
     """
-    found: list[Found | None] = []
+    found: list[Found | OSError | None] = []
     for name in names:
         try:
-            found.append(lookup(directory, name, caller))
-        except PermissionError:
             try:
+                found.append(lookup(directory, name, caller))
+            except PermissionError:
                 found.append(lookup(directory, name, SERVER))
-            except OSError:
-                found.append(None)
         except OSError as error:
-            if error.errno not in {errno.ENOENT, errno.ESTALE}:
-                discard(found)
-                raise
-            found.append(None)
+            found.append(None if error.errno in {errno.ENOENT, errno.ESTALE} else error)
     return found
 
 
-def discard(found: Sequence[Found | None]) -> None:
-    """Close the descriptors of what has been found and is not wanted."""
-    close_all([one.fd for one in found if one is not None])
-
-
 def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors; the last one of an unlinked file may cost I/O."""
+    """Close O_PATH descriptors; the last one of an unlinked file may cost I/O. Nobody is there to be told of an error."""
     for fd in descriptors:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def change(fd: int, attributes: Attributes, caller: Caller) -> os.stat_result:
     """Change attributes in the order in which SOURCE's kernel would not undo one by the next; return the new ones."""
     path = by_descriptor(fd)
+    clears_set_id = False
     with acting_as(caller):
         if attributes.uid is not None or attributes.gid is not None:
             keep = -1  # chown(2): leave this one as it is
@@ -190,23 +182,45 @@ def change(fd: int, attributes: Attributes, caller: Caller) -> os.stat_result:
                 keep if attributes.gid is None else attributes.gid,
             )
         if attributes.mode is not None:
-            os.chmod(path, stat.S_IMODE(attributes.mode))
+            try:
+                os.chmod(path, stat.S_IMODE(attributes.mode))
+            except PermissionError:
+                clears_set_id = _clears_set_id(path, fd, stat.S_IMODE(attributes.mode))
+                if not clears_set_id:
+                    raise
         if attributes.size is not None:
             os.truncate(path, attributes.size)
         if attributes.atime_ns is not None or attributes.mtime_ns is not None:
-            _set_times(path, fd, attributes)
+            _set_times(path, attributes)
+    if clears_set_id and attributes.mode is not None:
+        with contextlib.suppress(PermissionError):  # root_squash; the write itself will clear them, too
+            os.chmod(path, stat.S_IMODE(attributes.mode))
     return os.fstat(fd)
 
 
-def _set_times(path: str, fd: int, attributes: Attributes) -> None:
-    old = os.fstat(fd)
-    atime_ns = old.st_atime_ns if attributes.atime_ns is None else attributes.atime_ns
-    mtime_ns = old.st_mtime_ns if attributes.mtime_ns is None else attributes.mtime_ns
+def _clears_set_id(path: str, fd: int, mode: int) -> bool:
+    """Whether *mode* takes nothing but set-ID bits from a file that the caller may write.
+
+    Before a write or truncation by another than the owner, the kernel clears these bits, and what it sends looks as if that
+    one had called chmod(2). Who did call it could have cleared them with a write.
+    """
+    old = stat.S_IMODE(os.fstat(fd).st_mode)
+    taken = old & ~mode
+    if not taken or taken & ~(stat.S_ISUID | stat.S_ISGID) or mode & ~old:
+        return False
     try:
-        os.utime(path, ns=(atime_ns, mtime_ns))
+        syscalls.access(path, os.W_OK)
     except PermissionError:
-        # Who may write but does not own may set both times to now, and to nothing else (utimensat(2)). pyfuse3 has
-        # replaced "now" by its own clock.
+        return False
+    return True
+
+
+def _set_times(path: str, attributes: Attributes) -> None:
+    try:
+        syscalls.set_times(path, attributes.atime_ns, attributes.mtime_ns)
+    except PermissionError:
+        # Who may write but does not own may set both times to now, and to nothing else (utimensat(2)). The kernel has
+        # put its clock in the place of "now", and pyfuse3 does not tell.
         if not attributes.times_may_mean_now:
             raise
         os.utime(path)
@@ -259,7 +273,7 @@ def remove_directory(directory: int, name: bytes, caller: Caller) -> None:
 
 
 def rename(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int, caller: Caller) -> None:
-    """rename(2) with renameat2(2)'s flags."""
+    """Move a name, with the flags of renameat2(2)."""
     with acting_as(caller):
         syscalls.renameat2(old_dir, old, new_dir, new, flags)
 
@@ -276,16 +290,24 @@ def list_names(fd: int) -> list[bytes]:
     return [b".", b"..", *(os.fsencode(name) for name in os.listdir(fd))]
 
 
-def permitted(fd: int, mode: int, caller: Caller) -> bool:
-    """access(2), as the caller's file-system identity."""
+def check_access(fd: int, mode: int, caller: Caller) -> None:
+    """access(2), as the caller's file-system identity. Raises EACCES, EROFS."""
     with acting_as(caller):
-        return os.access(by_descriptor(fd), mode, effective_ids=True)
+        syscalls.access(by_descriptor(fd), mode)
 
 
 def get_xattr(fd: int, name: bytes, caller: Caller) -> bytes:
     """Raises ENODATA, EOPNOTSUPP."""
     with acting_as(caller):
         return os.getxattr(by_descriptor(fd), name)
+
+
+def read_capability(fd: int) -> bytes | int | None:
+    """security.capability, or the errno that says that there is none; None if this could not be found out."""
+    try:
+        return get_xattr(fd, b"security.capability", SERVER)
+    except OSError as error:
+        return error.errno if error.errno in {errno.ENODATA, errno.EOPNOTSUPP} else None
 
 
 def set_xattr(fd: int, name: bytes, value: bytes, caller: Caller) -> None:
@@ -297,7 +319,9 @@ def set_xattr(fd: int, name: bytes, value: bytes, caller: Caller) -> None:
 def list_xattrs(fd: int, caller: Caller) -> list[bytes]:
     """Names of the extended attributes that the caller may see."""
     with acting_as(caller):
-        return [os.fsencode(name) for name in os.listxattr(by_descriptor(fd))]
+        names = [os.fsencode(name) for name in os.listxattr(by_descriptor(fd))]
+    # `trusted` takes CAP_SYS_ADMIN (xattr(7)), which this thread keeps whoever it acts as.
+    return [name for name in names if caller.uid == 0 or not name.startswith(b"trusted.")]
 
 
 def remove_xattr(fd: int, name: bytes, caller: Caller) -> None:
@@ -331,10 +355,12 @@ def open_data(fd: int, flags: int, caller: Caller, stability: Stability) -> Open
     path = by_descriptor(fd)
     with acting_as(caller):
         # First as asked, with O_TRUNC once: what follows must not truncate again.
+        if flags & _FMODE_EXEC:  # the kernel's own check is content with a right that others have
+            syscalls.access(path, os.X_OK)
         try:
             data = os.open(path, kept | (flags & os.O_TRUNC) | (backing & os.O_DSYNC))
         except PermissionError:
-            if not flags & _FMODE_EXEC or not os.access(path, os.X_OK, effective_ids=True):
+            if not flags & _FMODE_EXEC:
                 raise
             data = -1
     if data < 0:  # execve(2) of a file that may be executed but not read: the kernel reads it, not the caller

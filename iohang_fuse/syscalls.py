@@ -16,7 +16,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # setgroups(2) by number: asm/unistd.h
 _SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "ppc64le": 81, "s390x": 206, "riscv64": 159}[platform.machine()]
 _MAX_HANDLE_SZ = 128  # linux/exportfs.h
+_AT_FDCWD = -100
+_AT_EACCESS = 0x200
 _AT_EMPTY_PATH = 0x1000
+_UTIME_OMIT = (1 << 30) - 2  # linux/stat.h
 
 MNT_DETACH = 2
 
@@ -33,6 +36,10 @@ class _FileHandle(ctypes.Structure):
         ("handle_type", ctypes.c_int),
         ("f_handle", ctypes.c_ubyte * _MAX_HANDLE_SZ),
     )
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
 
 
 def _check(result: int, *names: bytes) -> None:
@@ -66,6 +73,19 @@ def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) ->
     _check(_libc.renameat2(old_dir, old, new_dir, new, ctypes.c_uint(flags)), old)
 
 
+def access(path: str, mode: int) -> None:
+    """faccessat(2) for the identity that file systems see. os.access() makes EACCES of every error, EIO included."""
+    _check(_libc.faccessat(_AT_FDCWD, path.encode(), mode, _AT_EACCESS), path.encode())
+
+
+def set_times(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
+    """utimensat(2); None leaves that time alone, which os.utime() cannot."""
+    times = (_Timespec * 2)(
+        *(_Timespec(*((0, _UTIME_OMIT) if ns is None else divmod(ns, 1_000_000_000))) for ns in (atime_ns, mtime_ns))
+    )
+    _check(_libc.utimensat(_AT_FDCWD, path.encode(), times, 0), path.encode())
+
+
 def file_handle(fd: int) -> bytes:
     """The kernel's handle of an open file: it has the generation, so it tells a reused inode number from the old one.
 
@@ -89,7 +109,7 @@ def file_system_magic(fd: int) -> int:
 
 
 def mount(source: str, target: str, fstype: str) -> None:
-    """mount(2) without flags or data."""
+    """Mount without flags or data."""
     _check(_libc.mount(source.encode(), os.fsencode(target), fstype.encode(), ctypes.c_ulong(0), None))
 
 

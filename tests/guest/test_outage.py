@@ -57,7 +57,9 @@ def test_guest_notices_nothing_but_a_pause(tmp_path: Path, flaky: FlakySource) -
             assert len(alive) >= 4, "the guest's clock goes on during the outage"
             assert alive[-1].spins > alive[0].spins, "and so does its CPU"
             flaky.heal()
-            wait_until(lambda: mount.log_text().count("recovered after") > hangs, what="the end of the hang")
+            wait_until(
+                lambda hangs=hangs: mount.log_text().count("recovered after") > hangs, what="the end of the hang"
+            )  # type: ignore[misc]
         steps = len(guest.steps)
         guest.wait_for(lambda: len(guest.steps) > steps + 50, 30, "the guest to work")
         kernel_log = "\n".join(guest.dmesg())

@@ -335,3 +335,28 @@ def test_vanished_request_does_not_stop_the_server(paths: tuple[Path, Path], tmp
         finally:
             os.kill(mount.pid, signal.SIGUSR1)  # any signal ends the blocking read, so that a failed test ends, too
             consumer.wait(10)
+
+
+def test_a_bug_costs_one_request(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    """P11: "Whatever goes wrong in a handler is answered EIO, logged with its traceback, and counted. The mount stays."."""
+    source, mountpoint = paths
+    program = tmp_path / "buggy.py"
+    program.write_text(
+        "from iohang_fuse import cli, engine, source\n"
+        "def buggy(*args): raise ZeroDivisionError('planted')\n"
+        "source.list_xattrs = source.open_directory = engine.Backing.read = buggy\n"
+        f"raise SystemExit(cli.main([{str(source)!r}, {str(mountpoint)!r}, '-f']))\n"
+    )
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen([sys.executable, program], stderr=log) as server:
+        wait_until(lambda: "is served" in (tmp_path / "log").read_text(), what="the mount")
+        for _ in range(3):
+            for call in (os.listxattr, os.listdir, lambda path: (path / "file").read_text()):
+                with pytest.raises(OSError, match="Errno 5"):
+                    call(mountpoint)
+        (mountpoint / "new").write_text("works")
+        assert (source / "new").read_text() == "works"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+    logged = (tmp_path / "log").read_text()
+    assert logged.count("ZeroDivisionError: planted") >= 9
+    assert "the mount stays" in logged

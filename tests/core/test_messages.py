@@ -1,0 +1,114 @@
+"""What an operator reads in the log: each event's line, word for word, with its level."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+
+import pytest
+
+from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
+from iohang_fuse.messages import error_words, sentence, span_words
+
+
+def clock(at_s: float) -> str:
+    """Monotonic 100 is noon."""
+    return f"12:{int(at_s - 100) // 60:02}:{int(at_s - 100) % 60:02}"
+
+
+LINES = [
+    (
+        HangBegan("vm/a.img", Op.WRITE, errno.EIO, 100, 160),
+        logging.WARNING,
+        "vm/a.img: write failed with EIO (Input/output error); held since 12:00:00, until 12:01:00 at most. "
+        "Its consumer waits; nothing is lost.",
+    ),
+    (
+        HangBegan("a.img", Op.FSYNC, errno.ESTALE, 100, math.inf),
+        logging.WARNING,
+        "a.img: fsync failed with ESTALE (Stale file handle); held since 12:00:00, until it succeeds. "
+        "Its consumer waits; nothing is lost.",
+    ),
+    (
+        HangBegan("a.img", Op.READ, None, 105, 165),
+        logging.WARNING,
+        "a.img: read failed with no answer from the storage; held since 12:00:05, until 12:01:05 at most. "
+        "Its consumer waits; nothing is lost.",
+    ),
+    (
+        HangEnded("a.img", errno.EIO, 130, 30, 17, 17, 0, 0),
+        logging.WARNING,
+        "a.img: recovered after 30 s; held since 12:00:00, 17 requests at most; no error was passed on.",
+    ),
+    (
+        HangEnded("a.img", errno.EIO, 190, 90, 17, 10, 5, 2),
+        logging.ERROR,
+        "a.img: the hang since 12:00:00 is over after 1 min 30 s: 5 of its requests were given up, 2 passed on, "
+        "10 recovered; the error was EIO (Input/output error).",
+    ),
+    (
+        HangEnded("a.img", errno.EIO, 101, 1, 1, 0, 0, 1),
+        logging.ERROR,
+        "a.img: the hang since 12:00:00 is over after 1.0 s: 0 of its requests were given up, 1 passed on, "
+        "0 recovered; the error was EIO (Input/output error).",
+    ),
+    (
+        TimedOut("a.img", on=True, op=Op.WRITE, errno=errno.EIO, at_s=160, held=3),
+        logging.ERROR,
+        "a.img: timed out: a write was given up after EIO (Input/output error), and its consumer has the error; "
+        "3 more are held. New failures are answered at once until an attempt succeeds.",
+    ),
+    (
+        TimedOut("a.img", on=False, op=Op.READ, errno=errno.EIO, at_s=170, held=0),
+        logging.WARNING,
+        "a.img: works again; failures are held as before.",
+    ),
+    (
+        HeldLimitReached("a.img", errno.EIO, 100, 1 << 30),
+        logging.ERROR,
+        "a.img: EIO (Input/output error) was passed on, because 1073741824 bytes are held and held_limit allows no more.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("event", "level", "text"), LINES)
+def test_each_event_has_one_line(event: Event, level: int, text: str) -> None:
+    """P9: an event names the image, the errno, the count and the times; held is a warning, a give-up is an error."""
+    assert sentence(event, clock) == (level, text)
+
+
+def test_no_line_says_that_nothing_was_lost_when_something_was() -> None:
+    """P9: `no error was passed on` is said only where every request of the hang recovered."""
+    for given_up, passed_on in [(0, 1), (1, 0), (1, 1)]:
+        _, text = sentence(HangEnded("a.img", errno.EIO, 130, 30, 3, 1, given_up, passed_on), clock)
+        assert "no error" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0.0 s"),
+        (0.44, "0.4 s"),
+        (9.94, "9.9 s"),
+        (9.95, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (185, "3 min 5 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 0 min"),
+        (7800, "2 h 10 min"),
+        (7 * 86400, "168 h 0 min"),
+        (math.inf, "ever"),
+    ],
+)
+def test_a_span_is_said_as_an_operator_would(seconds: float, words: str) -> None:
+    """`59 s`, never `0.98 min`; rounding never gives `60 s`."""
+    assert span_words(seconds) == words
+
+
+def test_an_error_is_named_and_explained() -> None:
+    """Name and meaning; a number without a name, and no number at all, have words too."""
+    assert error_words(errno.ETIMEDOUT) == "ETIMEDOUT (Connection timed out)"
+    assert error_words(None) == "no answer from the storage"
+    assert error_words(4095).startswith("4095 (")

@@ -1,0 +1,176 @@
+"""In place of threads: a `Flight` on trio's own clock, because the autojump clock does not wait for threads.
+
+It has the interface and the manners of `iohang_fuse.engine.Flight`; test_engine.py holds both to the same contract.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import outcome
+import trio
+
+from iohang_fuse.engine import Abandoned, Backing
+from iohang_fuse.events import Op
+from iohang_fuse.requests import Handle, Requests
+from iohang_fuse.source import SERVER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from iohang_fuse.events import Event
+    from iohang_fuse.rehandle import Policy, RehandleList
+
+T = TypeVar("T")
+
+
+@dataclass
+class Sky:
+    """Where fake flights fly: how long the next attempt takes, and who is up. *nursery* keeps those that nobody awaits."""
+
+    nursery: trio.Nursery
+    takes_s: Callable[[], float] = lambda: 0.0
+    aloft: int = 0
+    most_aloft: int = 0
+    launched: list[float] = field(default_factory=list)
+    after_landing: Callable[[], None] = lambda: None  # before the task that awaited the flight runs again
+
+    def flight(self, work: Callable[[], T], on_late_return: Callable[[], None]) -> FakeFlight[T]:
+        """What `Flight` is to the shell: monkeypatch it with this."""
+        return FakeFlight(self, work, on_late_return)
+
+
+class FakeFlight(Generic[T]):
+    """One attempt: *work* is called when it lands."""
+
+    def __init__(self, sky: Sky, work: Callable[[], T], on_late_return: Callable[[], None]) -> None:
+        self._sky = sky
+        self._work = work
+        self._on_late_return = on_late_return
+        self._task: trio.lowlevel.Task | None = None
+
+    async def land(self) -> T:
+        """Raises what *work* raised, or `Abandoned`."""
+        self._task = trio.lowlevel.current_task()
+        self._sky.nursery.start_soon(self._fly)
+        result: T = await trio.lowlevel.wait_task_rescheduled(self._abort)
+        return result
+
+    def abandon(self) -> None:
+        """Wake the waiting coroutine with `Abandoned`; the flight goes on, and its result is dropped."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            trio.lowlevel.reschedule(task, outcome.Error(Abandoned()))
+
+    async def _fly(self) -> None:
+        sky = self._sky
+        sky.launched.append(trio.current_time())
+        sky.aloft += 1
+        sky.most_aloft = max(sky.most_aloft, sky.aloft)
+        await trio.sleep(sky.takes_s())
+        sky.aloft -= 1
+        result = outcome.capture(self._work)
+        if self._task is None:
+            self._on_late_return()
+        else:
+            task, self._task = self._task, None
+            trio.lowlevel.reschedule(task, result)
+        sky.after_landing()
+
+    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+@dataclass
+class Storage:
+    """A scripted file: fails while *errno* is set, remembers what reached it."""
+
+    errno: int = 0
+    reached: list[object] = field(default_factory=list)
+    attempts: int = 0
+
+    def attempt(self, tag: object = None) -> Callable[[], object]:
+        """What a handler passes to `Requests.run`; its result is *tag*."""
+
+        def work() -> object:
+            self.attempts += 1
+            if self.errno:
+                raise OSError(self.errno, "scripted")
+            self.reached.append(tag)
+            return tag
+
+        return work
+
+
+class FakeBacking(Backing):
+    """A backing file for the probe, on a `Storage`."""
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(-1, None, SERVER)
+        self.storage = storage
+        self.syncs = 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        """A probe of a readable handle."""
+        self.storage.attempt(("probe", offset))()
+        return b"\0" * size
+
+    def sync(self, *, data_only: bool) -> None:
+        """A probe of a write-only handle."""
+        assert data_only
+        self.syncs += 1
+        self.storage.attempt("sync")()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@dataclass
+class Shell:
+    """`Requests` with one image, on a `Sky`."""
+
+    requests: Requests
+    handle: Handle
+    storage: Storage
+    sky: Sky
+    events: list[Event]
+
+    @property
+    def held(self) -> RehandleList:
+        """The image's rehandle list."""
+        return self.handle.image.held
+
+    async def run(self, op: Op = Op.WRITE, tag: object = None, *, offset: int = 0, length: int = 4096) -> object:
+        """One request, as a handler of filesystem.py would run it."""
+        return await self.requests.run(self.handle, op, offset, length, self.storage.attempt(tag))
+
+    async def answer(self, op: Op = Op.WRITE, tag: object = None) -> tuple[float, int]:
+        """When a request was answered, and with what: 0 or an errno."""
+        try:
+            await self.run(op, tag)
+        except OSError as error:
+            return trio.current_time(), error.errno or -1
+        return trio.current_time(), 0
+
+    def send(self, count: int, op: Op = Op.WRITE) -> list[tuple[float, int]]:
+        """*count* requests at once; the list fills with their answers."""
+        answers: list[tuple[float, int]] = []
+
+        async def one(tag: int) -> None:
+            answers.append(await self.answer(op, tag))
+
+        for tag in range(count):
+            self.sky.nursery.start_soon(one, tag)
+        return answers
+
+    @classmethod
+    def on(cls, nursery: trio.Nursery, policy: Policy, *, flags: int = 2, held_limit: int = 1 << 30) -> Shell:
+        """An image opened with *flags* (O_RDWR), and the tasks of `Requests.serve` in *nursery*."""
+        events: list[Event] = []
+        storage = Storage()
+        requests = Requests(policy, held_limit, [events.append])
+        handle = requests.opened(7, "disk.img", FakeBacking(storage), flags)
+        nursery.start_soon(requests.serve, nursery)
+        return cls(requests, handle, storage, Sky(nursery), events)

@@ -1,0 +1,529 @@
+"""The life of a request, on trio's autojump clock: days of outage in no time, and no threads (see fakes.py)."""
+
+# ruff: noqa: ARG001 - pytest-trio takes the clock from each test's own arguments
+
+from __future__ import annotations
+
+import errno
+import functools
+import gc
+import math
+import os
+import random
+import weakref
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from iohang_fuse.events import HangBegan, HangEnded, Op, TimedOut
+from iohang_fuse.rehandle import HeldBytes
+from iohang_fuse.requests import Image
+from tests.core.world import policy
+from tests.shell.fakes import FakeBacking, Shell, Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trio.testing import MockClock
+
+    from iohang_fuse.rehandle import Policy, Step
+
+EIO = errno.EIO
+FOR_EVER = math.inf
+
+Start = "Callable[..., Shell]"
+
+
+@pytest.fixture
+def start(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Shell]:
+    def start(given: Policy | None = None, **more: int) -> Shell:
+        shell = Shell.on(nursery, given or policy(), **more)
+        monkeypatch.setattr("iohang_fuse.requests.Flight", shell.sky.flight)
+        return shell
+
+    return start
+
+
+def kinds(shell: Shell) -> list[type]:
+    return [type(event) for event in shell.events]
+
+
+# ---- P1: masking
+
+
+async def test_a_success_is_answered_with_its_result(start: Start, autojump_clock: MockClock) -> None:
+    """One attempt, no hold, no event."""
+    shell = start()
+    assert await shell.run(Op.READ, "data") == "data"
+    assert shell.storage.attempts == 1
+    assert shell.events == []
+
+
+@pytest.mark.parametrize("op", list(Op))
+async def test_an_outage_is_a_pause(start: Start, autojump_clock: MockClock, op: Op) -> None:
+    """P1: a request that meets a transient error is answered only when it succeeds...: here 30 s later, with its result."""
+    shell = start()
+    shell.storage.errno = EIO
+    answers = shell.send(100, op)
+    await trio.sleep(28)
+    assert answers == []
+    shell.storage.errno = 0
+    await trio.sleep(3)
+    assert len(answers) == 100
+    assert {answer for _, answer in answers} == {0}
+    assert sorted(shell.storage.reached) == list(range(100))  # each write once
+    assert kinds(shell) == [HangBegan, HangEnded]
+
+
+@pytest.mark.parametrize("op", list(Op))
+async def test_a_request_is_given_up_at_its_deadline(start: Start, autojump_clock: MockClock, op: Op) -> None:
+    """P1: ...or when its own timeout has passed, and P5: once a write has its error, it never reaches the file."""
+    shell = start()
+    shell.storage.errno = EIO
+    sent_s = trio.current_time()
+    assert await shell.answer(op, "late") == (pytest.approx(sent_s + 60), EIO)
+    shell.storage.errno = 0
+    await trio.sleep(100)
+    assert shell.storage.reached == [("probe", 0)]
+
+
+async def test_a_write_in_flight_is_answered_when_it_returns(start: Start, autojump_clock: MockClock) -> None:
+    """P1, P5: a write is never given up while an attempt of its own is in flight."""
+    shell = start(policy(10))
+    shell.storage.errno = EIO
+    shell.sky.takes_s = lambda: 92.0
+    sent_s = trio.current_time()
+    assert await shell.answer(Op.WRITE) == (pytest.approx(sent_s + 92), EIO)
+    assert shell.storage.attempts == 1
+
+
+async def test_a_read_in_flight_is_given_up_and_its_thread_is_waited_for(
+    start: Start, autojump_clock: MockClock
+) -> None:
+    """P8: a read that does not return ends at its deadline. Its descriptor stays open until the attempt has returned."""
+    shell = start()
+    takes_s = [500.0]
+    shell.sky.takes_s = lambda: takes_s.pop() if takes_s else 0.0
+    sent_s = trio.current_time()
+    when, answer = await shell.answer(Op.READ)
+    assert (answer, when) == (EIO, pytest.approx(sent_s + 65, abs=1.3))  # noticed after blocked_after, then its timeout
+    await trio.sleep(0.1)  # the probe of that moment
+    assert shell.held.in_flight == 1
+    assert shell.handle.in_use == 1
+    backing = await shell.requests.released(shell.handle.number)
+    assert trio.current_time() == pytest.approx(sent_s + 500)
+    assert backing is shell.handle.backing
+    assert shell.held.in_flight == 0
+
+
+async def test_an_error_without_a_number_is_an_input_output_error(start: Start, autojump_clock: MockClock) -> None:
+    """OSError may come without errno; it is held like EIO."""
+    shell = start()
+
+    def broken() -> None:
+        raise OSError("no number")
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        await shell.requests.run(shell.handle, Op.READ, 0, 512, broken)
+    assert caught.value.errno == EIO
+    assert kinds(shell) == [HangBegan, TimedOut, HangEnded]
+
+
+async def test_attempts_while_hanging_stay_within_the_gate(start: Start, autojump_clock: MockClock) -> None:
+    """Section 4: while an image hangs, at most `recovery_gate` attempts are in flight."""
+    shell = start()
+    shell.storage.errno = EIO
+    shell.sky.takes_s = lambda: 1.0
+    shell.send(100)
+    await trio.sleep(2)
+    shell.sky.most_aloft = 0
+    await trio.sleep(50)
+    assert shell.sky.most_aloft == 4
+
+
+# ---- P7: images do not hinder each other
+
+
+async def test_a_healthy_image_never_waits_for_a_sick_one(start: Start, autojump_clock: MockClock) -> None:
+    """P7: with 1,000 requests held on one image, another image keeps its speed."""
+    shell = start()
+    shell.storage.errno = EIO
+    sick = shell.send(1000)
+    await trio.sleep(1)
+    other = shell.requests.opened(8, "other.img", FakeBacking(Storage()), os.O_RDWR)
+    began_s = trio.current_time()
+    for _ in range(1000):
+        await shell.requests.run(other, Op.READ, 0, 512, Storage().attempt())
+    assert trio.current_time() == began_s
+    assert sick == []
+
+
+# ---- timed out, and the probe
+
+
+async def test_the_probe_finds_the_recovery_of_an_idle_image(start: Start, autojump_clock: MockClock) -> None:
+    """Section 4: until an attempt succeeds; a probe goes on each interval, where the image last failed."""
+    shell = start()
+    shell.storage.errno = EIO
+    with pytest.raises(OSError, match="Input/output"):
+        await shell.run(Op.READ, offset=12345)
+    await trio.sleep(18)
+    assert shell.held.timed_out
+    shell.storage.errno = 0
+    await trio.sleep(6)
+    assert not shell.held.timed_out
+    assert shell.storage.reached == [("probe", 12345)]
+    assert kinds(shell) == [HangBegan, TimedOut, HangEnded, TimedOut]
+    assert shell.handle.image.timer is None
+    attempts = shell.storage.attempts
+    await trio.sleep(100)
+    assert shell.storage.attempts == attempts
+
+
+async def test_the_probe_of_a_write_only_image_is_a_sync(start: Start, autojump_clock: MockClock) -> None:
+    """A handle that may not read is asked by fdatasync instead."""
+    shell = start(flags=os.O_WRONLY)
+    shell.storage.errno = EIO
+    await shell.answer()
+    shell.storage.errno = 0
+    await trio.sleep(6)
+    assert isinstance(shell.handle.backing, FakeBacking)
+    assert shell.handle.backing.syncs >= 1
+    assert not shell.held.timed_out
+
+
+async def test_a_probe_with_a_bug_is_a_failed_probe(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P11: whatever goes wrong in it, the mount stays, and the next probe goes out."""
+    shell = start()
+    shell.storage.errno = EIO
+    await shell.answer()
+    reads = []
+
+    def broken(_offset: int, _size: int) -> bytes:
+        reads.append(trio.current_time())
+        raise OverflowError
+
+    monkeypatch.setattr(shell.handle.backing, "read", broken)
+    await trio.sleep(21)
+    assert len(reads) == 5  # one with the tick that gave up, and then each interval
+    assert shell.handle.in_use == 0
+
+
+async def test_new_failures_of_a_timed_out_image_are_answered_at_once(start: Start, autojump_clock: MockClock) -> None:
+    """Section 4: new failures are answered at once, until an attempt succeeds."""
+    shell = start()
+    shell.storage.errno = EIO
+    await shell.answer()
+    now = trio.current_time()
+    assert await shell.answer(Op.WRITE) == (now, EIO)
+    shell.storage.errno = 0
+    assert await shell.answer(Op.WRITE) == (now, 0)
+    assert not shell.held.timed_out
+
+
+# ---- P8: every wait ends
+
+
+async def test_an_attempt_that_does_not_return_is_noticed(start: Start, autojump_clock: MockClock) -> None:
+    """Section 4: it counts as a hang after `blocked_after`; what waits behind it is given up at its deadline."""
+    shell = start()
+    shell.sky.takes_s = lambda: FOR_EVER
+    answers = shell.send(40)
+    await trio.sleep(6.5)
+    assert kinds(shell) == [HangBegan]
+    await trio.sleep(60)
+    assert len(answers) == 24
+    assert shell.held.in_flight == 16
+
+
+async def test_the_end_of_the_server_answers_what_is_held(start: Start, autojump_clock: MockClock) -> None:
+    """P8: SIGTERM has a defined end: held requests get their errors, and later errors are passed on."""
+    shell = start(policy(math.inf))
+    shell.storage.errno = EIO
+    answers = shell.send(100)
+    await trio.sleep(12)
+    shell.requests.hold_no_more()
+    now = trio.current_time()
+    await trio.sleep(1)
+    assert answers == [(now, EIO)] * 100
+    now = trio.current_time()
+    assert await shell.answer() == (now, EIO)
+    later = shell.requests.opened(9, "later.img", FakeBacking(shell.storage), os.O_RDWR)
+    with pytest.raises(OSError, match="Input/output"):
+        await shell.requests.run(later, Op.READ, 0, 512, shell.storage.attempt())
+
+
+async def test_a_read_given_up_between_its_turn_and_its_attempt(start: Start, autojump_clock: MockClock) -> None:
+    """P8: the timer and a request's task may be due in the same moment: in_flight must not drift, or the image ends silent."""
+    shell = start()
+    shell.storage.errno = EIO
+    answers = shell.send(8, Op.READ)
+    await trio.sleep(1)
+    image = shell.handle.image
+    shell.requests._apply(image, image.held.retry(trio.current_time()))  # 4 have their turn; their tasks run later
+    shell.requests.hold_no_more()
+    assert image.held.in_flight == 4
+    attempts = shell.storage.attempts
+    await trio.sleep(1)
+    assert len(answers) == 8
+    assert shell.storage.attempts == attempts
+    assert image.held.in_flight == 0
+    assert shell.handle.in_use == 0
+
+
+@pytest.mark.parametrize("lands", ["with success", "with an error", "with a bug"])
+async def test_a_read_given_up_between_its_return_and_its_answer(
+    start: Start, autojump_clock: MockClock, lands: str
+) -> None:
+    """P8: the deadline passes after the attempt has returned and before its task runs again: it is counted once."""
+    shell = start(policy(math.inf))
+    shell.storage.errno = EIO
+    answers = shell.send(1, Op.READ)
+    await trio.sleep(1)
+    shell.sky.after_landing = shell.requests.hold_no_more
+    shell.storage.errno = 0 if lands == "with success" else EIO
+    if lands == "with a bug":
+        shell.storage.errno = "bug"  # type: ignore[assignment]
+    await trio.sleep(10)
+    assert [answer for _, answer in answers] == [EIO] or lands == "with a bug"
+    assert shell.held.in_flight == 0
+    assert shell.handle.in_use == 0
+
+
+async def test_nothing_goes_out_after_the_end(start: Start, autojump_clock: MockClock) -> None:
+    """P5: when the server's tasks are cancelled, what waited its turn does not begin another attempt."""
+    shell = start(policy(math.inf))
+    shell.storage.errno = EIO
+    async with trio.open_nursery() as handlers:
+        for tag in range(50):
+            handlers.start_soon(shell.run, Op.WRITE, tag)
+        await trio.sleep(1)
+        launched = len(shell.sky.launched)
+        image = shell.handle.image
+        shell.requests._apply(image, image.held.retry(trio.current_time()))
+        handlers.cancel_scope.cancel()
+    await trio.sleep(20)
+    assert len(shell.sky.launched) == launched
+    assert image.held.in_flight == 0
+    assert image.held.held == {}
+    assert kinds(shell) == [HangBegan, HangEnded]
+
+
+async def test_a_cancelled_attempt_counts_until_it_returns(start: Start, autojump_clock: MockClock) -> None:
+    """A thread cannot be called back: its descriptor stays open, and its place taken, until it is back."""
+    shell = start()
+    shell.sky.takes_s = lambda: 10.0
+    with trio.move_on_after(1):
+        await shell.run(Op.WRITE, "late")
+    assert (shell.held.in_flight, shell.handle.in_use) == (1, 1)
+    await trio.sleep(10)
+    assert (shell.held.in_flight, shell.handle.in_use) == (0, 0)
+    assert shell.storage.reached == ["late"]
+
+
+# ---- P9, P10, P11
+
+
+async def test_events_name_the_image_and_alternate(start: Start, autojump_clock: MockClock) -> None:
+    """P9: a hang gives one begin event and one end event, each naming the image, the errno, the count and the times."""
+    shell = start()
+    for _ in range(3):
+        shell.storage.errno = EIO
+        shell.send(20)
+        await trio.sleep(11)
+        shell.storage.errno = 0
+        await trio.sleep(100)
+    assert kinds(shell) == [HangBegan, HangEnded] * 3
+    for event in shell.events:
+        assert event.image == "disk.img"
+        assert event.errno == EIO
+
+
+async def test_a_bug_costs_one_request(start: Start, autojump_clock: MockClock) -> None:
+    """P11: a bug in an attempt is its own request's error; 40 of them leave room for the next."""
+    shell = start()
+
+    def bug() -> None:
+        raise ValueError("a bug")
+
+    for _ in range(40):
+        with pytest.raises(ValueError, match="a bug"):
+            await shell.requests.run(shell.handle, Op.WRITE, 0, 1, bug)
+    assert await shell.run(Op.WRITE, "fine") == "fine"
+    assert (shell.held.in_flight, shell.handle.in_use) == (0, 0)
+
+
+async def test_a_bug_passes_its_turn_on(start: Start, autojump_clock: MockClock) -> None:
+    """P11: those that wait behind it get their turn."""
+    shell = start(policy(share=4))
+
+    def bug() -> None:
+        raise ValueError("a bug")
+
+    async def one() -> None:
+        with pytest.raises(ValueError, match="a bug"):
+            await shell.requests.run(shell.handle, Op.WRITE, 0, 1, bug)
+
+    async with trio.open_nursery() as handlers:
+        for _ in range(50):
+            handlers.start_soon(one)
+    assert shell.held.in_flight == 0
+
+
+async def test_a_listener_with_a_bug_keeps_nobody_waiting(
+    start: Start, autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P11: whoever looks on must not keep a request from its answer, nor another listener from the event."""
+    shell = start()
+
+    def broken(_event: object) -> None:
+        raise KeyError("a bug in a listener")
+
+    shell.requests._listeners.insert(0, broken)
+    shell.storage.errno = EIO
+    answers = shell.send(20)
+    await trio.sleep(1)
+    shell.storage.errno = 0
+    await trio.sleep(5)
+    assert [answer for _, answer in answers] == [0] * 20
+    assert kinds(shell) == [HangBegan, HangEnded]
+    assert "a listener failed" in caplog.text
+    assert not nursery.cancel_scope.cancel_called
+
+
+async def test_a_bug_in_the_timer_costs_one_turn(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P11: the mount stays, and the timer comes again."""
+    shell = start()
+    shell.storage.errno = EIO
+    answers = shell.send(5)
+    await trio.sleep(1)
+    tick, calls = shell.held.tick, []
+
+    def broken_once(now: float) -> Step:
+        calls.append(now)
+        if len(calls) == 1:
+            raise AssertionError("a bug in the timer")
+        return tick(now)
+
+    monkeypatch.setattr(shell.held, "tick", broken_once)
+    shell.storage.errno = 0
+    await trio.sleep(12)
+    assert [answer for _, answer in answers] == [0] * 5
+    assert "a bug in the timer" in caplog.text
+
+
+async def test_an_answered_request_does_not_keep_its_data(start: Start, autojump_clock: MockClock) -> None:
+    """P10: the rehandle list may remember a request for a while, but not the megabyte that it wrote."""
+
+    class Data(bytearray):
+        __slots__ = ("__weakref__",)
+
+    shell = start()
+    shell.storage.errno = EIO
+    alive: list[weakref.ref[Data]] = []
+
+    async def write() -> None:
+        data = Data(1000)
+        alive.append(weakref.ref(data))
+
+        def attempt() -> int:
+            shell.storage.attempt()()
+            return len(data)
+
+        await shell.requests.run(shell.handle, Op.WRITE, 0, len(data), attempt)
+
+    async with trio.open_nursery() as handlers:
+        for _ in range(20):
+            handlers.start_soon(write)
+        await trio.sleep(1)
+        shell.storage.errno = 0
+    await trio.sleep(1)  # trio itself remembers the task that ran last
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 20
+
+
+# ---- handles and images
+
+
+async def test_an_image_lives_from_its_first_open_to_its_last_close(start: Start, autojump_clock: MockClock) -> None:
+    """The last close ends what was known of it: a TimedOut that was on goes off with it."""
+    shell = start()
+    second = shell.requests.opened(7, "disk.img", FakeBacking(shell.storage), os.O_RDONLY)
+    assert second.image is shell.handle.image
+    shell.storage.errno = EIO
+    await shell.answer()
+    await shell.requests.released(shell.handle.number)
+    assert shell.held.timed_out
+    await shell.requests.released(second.number)
+    assert kinds(shell) == [HangBegan, TimedOut, HangEnded, TimedOut]
+    assert shell.requests.images == {}
+    assert shell.requests.handles == {}
+    again = shell.requests.opened(7, "disk.img", FakeBacking(shell.storage), os.O_RDWR)
+    assert again.image is not shell.handle.image
+
+
+def test_attributes_are_remembered_with_the_size_as_written() -> None:
+    """Section 4: the attributes of an image are answered from memory while it hangs, and its size grows with writes."""
+    image = Image(7, "disk.img", policy(), HeldBytes(0))
+    assert image.remembered() is None
+    attributes = os.stat(__file__)
+    image.saw(attributes)
+    image.wrote(10)
+    assert image.remembered() == (attributes, attributes.st_size)
+    image.wrote(attributes.st_size + 5)
+    assert image.remembered() == (attributes, attributes.st_size + 5)
+    image.truncated(3)
+    assert image.remembered() is None  # times and blocks have changed with it
+
+
+# ---- anything
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_random_outage(start: Start, autojump_clock: MockClock, seed: int) -> None:
+    """P1, P8, P10: whatever the storage does, every request is answered in its bound, and each success reached it once."""
+    dice = random.Random(seed)
+    print(f"seed {seed}")  # noqa: T201 - pytest shows it where the test fails
+    shell = start(policy(read_s=30, write_s=60, fsync_s=90, interval_s=2))
+    end_s = trio.current_time() + 300
+    longest_s = 9.0
+    answered: list[int] = []
+
+    async def weather() -> None:
+        while trio.current_time() < end_s:
+            shell.storage.errno = dice.choice([0, 0, EIO, errno.ETIMEDOUT])
+            shell.sky.takes_s = functools.partial(float, dice.choice([0.0, 0.01, 1.0, longest_s]))
+            await trio.sleep(dice.choice([0.1, 3, 40, 100]))
+        shell.storage.errno = 0
+        shell.sky.takes_s = lambda: 0.01
+
+    async def consumer() -> None:
+        while trio.current_time() < end_s:
+            op = dice.choice(list(Op))
+            sent_s = trio.current_time()
+            tag = object()
+            when, answer = await shell.answer(op, tag)
+            answered.append(answer)
+            bound_s = shell.held.policy.timeout_s[op] + 2 * longest_s + 17 * longest_s  # and its wait for a first turn
+            assert when - sent_s <= bound_s
+            assert shell.storage.reached.count(tag) == (0 if answer else 1) or (op is Op.READ and answer)
+            await trio.sleep(dice.choice([0.0, 0.5, 5.0]))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(weather)
+        for _ in range(dice.choice([5, 60])):
+            nursery.start_soon(consumer)
+    await trio.sleep(60)
+    assert len(answered) > 100
+    assert (shell.held.in_flight, shell.handle.in_use, shell.held.sick) == (0, 0, False)
+    assert shell.requests._held_bytes.held == 0
+    edges = [type(e) for e in shell.events if isinstance(e, HangBegan | HangEnded)]
+    assert edges == [HangBegan, HangEnded] * (len(edges) // 2)
