@@ -41,6 +41,10 @@ METADATA_THREADS = 128
 
 _LISTING_BYTES = 4096  # the smallest buffer with which the kernel asks for entries of a directory
 _ENTRY_BYTES = 152  # struct fuse_direntplus in linux/fuse.h, before the name
+_TIGHT = 0.6  # of the descriptors
+_ROOM_S = 0.002
+"""How long an answer with a new node is put off while they are short. The kernel drops a name only between two requests
+for its directory: who asks it to must be waiting by the time we answer, or the requests outrun it."""
 _NOW_NS = 10_000_000_000  # how long a request that sets times to now may have waited for us
 _CAPABILITY = b"security.capability"
 
@@ -142,9 +146,9 @@ class Filesystem(pyfuse3.Operations):
             self._discard(found.fd)
         return self._entry(node, found.stat)
 
-    def _crowded(self) -> bool:
-        """Whether nodes take more than half of the descriptors that we may have: one each."""
-        return len(self._inodes) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    def _crowded(self, share: float = 0.5) -> bool:
+        """Whether nodes take more than *share* of the descriptors that we may have: one each."""
+        return len(self._inodes) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] * share
 
     def _make_room(self) -> None:
         """The kernel forgets nodes only for want of memory: ask it to before the descriptors run out.
@@ -203,6 +207,8 @@ class Filesystem(pyfuse3.Operations):
             if entry is None:
                 raise
             return entry
+        if self._crowded(_TIGHT) and found.key not in self._inodes:
+            await trio.sleep(_ROOM_S)
         entry = self._looked_up(found, parent_inode, name)
         image = self._requests.images.get(entry.st_ino)
         if image is not None:
@@ -452,8 +458,10 @@ class Filesystem(pyfuse3.Operations):
             listing.names = await self._do(source.list_names, listing.fd)
         told = 0
         while not told and position < len(listing.names):
-            # While it is crowded, one at a time: the kernel drops a name only between two requests for its directory.
-            names = _one_answer(listing.names, position)[: 1 if self._crowded() else None]
+            names = _one_answer(listing.names, position)
+            if self._crowded(_TIGHT):
+                names = names[:1]
+                await trio.sleep(_ROOM_S)
             for name, found in zip(names, await self._look_up_listed(listing, names), strict=False):
                 position += 1
                 if found is not None:

@@ -62,6 +62,10 @@ class Inodes:
         """Raises KeyError for a node that the kernel has forgotten."""
         return self._by_id[node_id]
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether the kernel knows of an inode."""
+        return key in self._by_key
+
     def named(self, parent: int, name: bytes) -> Node | None:
         """The node that was last seen under *name*, if the kernel still knows it."""
         return self._by_name.get((parent, name))

@@ -21,20 +21,26 @@ LINES = [
     (
         HangBegan("vm/a.img", Op.WRITE, errno.EIO, 100, 160),
         logging.WARNING,
-        "vm/a.img: write failed with EIO (Input/output error); held since 12:00:00, until 12:01:00 at most. "
-        "Its consumer waits; nothing is lost.",
+        (
+            "vm/a.img: write failed with EIO (Input/output error); held since 12:00:00, until 12:01:00 at most. "
+            "Its consumer waits; nothing is lost."
+        ),
     ),
     (
         HangBegan("a.img", Op.FSYNC, errno.ESTALE, 100, math.inf),
         logging.WARNING,
-        "a.img: fsync failed with ESTALE (Stale file handle); held since 12:00:00, until it succeeds. "
-        "Its consumer waits; nothing is lost.",
+        (
+            "a.img: fsync failed with ESTALE (Stale file handle); held since 12:00:00, until it succeeds. "
+            "Its consumer waits; nothing is lost."
+        ),
     ),
     (
         HangBegan("a.img", Op.READ, None, 105, 165),
         logging.WARNING,
-        "a.img: read failed with no answer from the storage; held since 12:00:05, until 12:01:05 at most. "
-        "Its consumer waits; nothing is lost.",
+        (
+            "a.img: read failed with no answer from the storage; held since 12:00:05, until 12:01:05 at most. "
+            "Its consumer waits; nothing is lost."
+        ),
     ),
     (
         HangEnded("a.img", errno.EIO, 130, 30, 17, 17, 0, 0),
@@ -44,20 +50,26 @@ LINES = [
     (
         HangEnded("a.img", errno.EIO, 190, 90, 17, 10, 5, 2),
         logging.ERROR,
-        "a.img: the hang since 12:00:00 is over after 1 min 30 s: 5 of its requests were given up, 2 passed on, "
-        "10 recovered; the error was EIO (Input/output error).",
+        (
+            "a.img: the hang since 12:00:00 is over after 1 min 30 s: 5 of its requests were given up, 2 passed on, "
+            "10 recovered; the error was EIO (Input/output error)."
+        ),
     ),
     (
         HangEnded("a.img", errno.EIO, 101, 1, 1, 0, 0, 1),
         logging.ERROR,
-        "a.img: the hang since 12:00:00 is over after 1.0 s: 0 of its requests were given up, 1 passed on, "
-        "0 recovered; the error was EIO (Input/output error).",
+        (
+            "a.img: the hang since 12:00:00 is over after 1.0 s: 0 of its requests were given up, 1 passed on, "
+            "0 recovered; the error was EIO (Input/output error)."
+        ),
     ),
     (
         TimedOut("a.img", on=True, op=Op.WRITE, errno=errno.EIO, at_s=160, held=3),
         logging.ERROR,
-        "a.img: timed out: a write was given up after EIO (Input/output error), and its consumer has the error; "
-        "3 more are held. New failures are answered at once until an attempt succeeds.",
+        (
+            "a.img: timed out: a write was given up after EIO (Input/output error), and its consumer has the error; "
+            "3 more are held. New failures are answered at once until an attempt succeeds."
+        ),
     ),
     (
         TimedOut("a.img", on=False, op=Op.READ, errno=errno.EIO, at_s=170, held=0),

@@ -704,21 +704,19 @@ def test_blocked_writes_beyond_held_limit_are_a_hang_all_the_same() -> None:
 
 def test_a_request_with_a_deadline_from_an_earlier_hang_is_noticed_when_it_blocks() -> None:
     """P8: one that waited its turn in a hang that is over has a deadline already; blocking for ever is a hang nevertheless."""
-    world = World(policy(share=1, recovery_gate=1))
-    first, _ = world.held.arrive(Op.WRITE, 0, 1, 100)
-    world.held.failed(first, EIO, 101)
-    world.held.tick(106.0)
-    read, _ = world.held.arrive(Op.READ, 0, 1, 106.5)
-    assert read.deadline_s == 166.5
-    step = world.held.succeeded(first, 107)
-    read_2, _ = world.held.arrive(Op.READ, 0, 1, 107)
-    world.held.succeeded(read, 107.5)
-    assert not world.held.hanging
-    assert [type(e) for e in step.events] == []
-    blocked, _ = read_2, None
-    blocked.deadline_s = 166.5
-    assert world.held.blocked(112.5)
-    assert [type(e) for e in world.held.tick(112.5).events] == [HangBegan]
+    held = RehandleList("disk.img", policy(share=2, recovery_gate=1), HeldBytes(10**6))
+    first, _ = held.arrive(Op.WRITE, 0, 512, 100)
+    held.failed(first, EIO, 100)
+    healthy, _ = held.arrive(Op.READ, 0, 512, 100)
+    held.succeeded(healthy, 100)  # the gate opens: *first* tries again
+    held.arrive(Op.WRITE, 0, 512, 100)
+    waited, _ = held.arrive(Op.READ, 0, 512, 100)
+    held.succeeded(first, 101)  # the hang is over: *waited* has its turn
+    assert (waited.state, waited.held, waited.deadline_s, held.sick) == (State.TRYING, False, 160, False)
+    assert held.blocked(106)
+    held.tick(106)
+    assert waited.held
+    assert held.tick(160).woken == [waited]
 
 
 # ---- P10: bounded
