@@ -54,7 +54,8 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, refresh_per_second=8) if console.is_terminal else None
+        live = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, refresh_per_second=8) if live else None
         self._line_s = 0.0
 
     @contextlib.contextmanager

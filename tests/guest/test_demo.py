@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_demonstration_on_a_terminal() -> None:
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_demonstration_on_a_terminal(terminal: str) -> None:
     """The demonstration ends with its verdict: the guest on iohang-fuse saw no error, the bare one did."""
     done = subprocess.run(
         ["script", "-qec", f"{sys.executable} -m contrib.demo --outage 4", "/dev/null"],
         cwd=ROOT,
+        env={**os.environ, "TERM": terminal},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
