@@ -41,6 +41,7 @@ METADATA_THREADS = 128
 
 _LISTING_BYTES = 4096  # the smallest buffer with which the kernel asks for entries of a directory
 _ENTRY_BYTES = 152  # struct fuse_direntplus in linux/fuse.h, before the name
+_PAUSES_S = (0.01, 0.03, 0.1, 0.3, 1.0)
 _TIGHT = 0.6  # of the descriptors
 _ROOM_S = 0.002
 """How long an answer with a new node is put off while they are short. The kernel drops a name only between two requests
@@ -126,6 +127,18 @@ class Filesystem(pyfuse3.Operations):
     async def _do(self, call: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
 
+    async def _with_room(self, call: Callable[..., T], *args: Any) -> T:
+        """`_do`, and again after a pause where descriptors have run out: the kernel is giving some back. Opens only."""
+        for pause_s in _PAUSES_S:
+            try:
+                return await self._do(call, *args)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+            self._make_room()
+            await trio.sleep(pause_s)
+        return await self._do(call, *args)
+
     def _node(self, inode: int) -> Node:
         try:
             return self._inodes[inode]
@@ -199,7 +212,7 @@ class Filesystem(pyfuse3.Operations):
             if entry is not None:
                 return entry
         try:
-            found = await self._do(source.lookup, parent.fd, name, caller)
+            found = await self._with_room(source.lookup, parent.fd, name, caller)
         except OSError as error:
             if not self._masked(parent_inode, name, error) or not await self._may_search(parent, caller):
                 raise
@@ -436,7 +449,7 @@ class Filesystem(pyfuse3.Operations):
     @_translated
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         node = self._node(inode)
-        fd = await self._do(source.open_directory, node.fd, _caller(ctx))
+        fd = await self._with_room(source.open_directory, node.fd, _caller(ctx))
         number = self._next_listing
         self._next_listing += 1
         self._listings[number] = _Listing(node, fd, _caller(ctx))
@@ -480,7 +493,7 @@ class Filesystem(pyfuse3.Operations):
         there: dict[bytes, Found | OSError | EntryAttributes | None] = {}
         if len(wanted) + len(sick) < len(names):
             there |= self._dots(listing.node, await self._do(os.fstat, listing.node.fd))
-        found = await self._do(source.lookup_listed, listing.node.fd, wanted, listing.caller)
+        found = await self._with_room(source.lookup_listed, listing.node.fd, wanted, listing.caller)
         there |= zip(wanted, found, strict=True)
         entries: list[Found | EntryAttributes | None] = []
         for name in names:
@@ -518,7 +531,7 @@ class Filesystem(pyfuse3.Operations):
     @_translated
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         node, caller = self._node(inode), _caller(ctx)
-        opened = await self._do(source.open_data, node.fd, flags, caller, self._stability)
+        opened = await self._with_room(source.open_data, node.fd, flags, caller, self._stability)
         handle = self._requests.opened(inode, self._name(node), Backing(*opened, caller), flags)
         if handle.image.capability is None and flags & os.O_ACCMODE != os.O_RDONLY:
             handle.image.capability = await self._do(source.read_capability, node.fd)

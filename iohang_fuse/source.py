@@ -158,6 +158,8 @@ def lookup_listed(directory: int, names: Sequence[bytes], caller: Caller) -> lis
             except PermissionError:
                 found.append(lookup(directory, name, SERVER))
         except OSError as error:
+            if error.errno == errno.EMFILE and not found:
+                raise
             found.append(None if error.errno in {errno.ENOENT, errno.ESTALE} else error)
     return found
 
