@@ -105,8 +105,8 @@ class Backing:
     def write(self, offset: int, data: bytes) -> int:
         """Write all of *data*; when this returns, its result is final. Clears set-ID bits as the opener's write would."""
 
-        # acting_as: without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write, which FUSE leaves
-        # to us (FUSE_CAP_HANDLE_KILLPRIV). Around the write alone: it does not nest, and opening a spare is one more.
+        # acting_as: without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write.
+        # Around the write alone: it does not nest, and opening a spare is one more.
         def write_as_opener(fd: int) -> int:
             with acting_as(self._opener, with_groups=False):
                 return _write_whole(fd, data, offset)

@@ -167,6 +167,7 @@ class _Server:
         self._mountpoint = mountpoint
         self._started = started
         self._requests = Requests(_policy(config), config.held_limit_bytes, [self._log_event])
+        self._unmounted = False
         self._detached = False
         self._refusal: Refusal | None = None
 
@@ -261,7 +262,11 @@ class _Server:
             return
         flags = syscalls.MNT_DETACH if insist else 0
         try:
-            await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, flags)
+            if not self._unmounted:
+                await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, flags)
+            # We end when the kernel says that the last copy of the mount is gone. A service with a mount namespace of its
+            # own (systemd's PrivateTmp= and the like) may have one for as long as it runs.
+            self._unmounted = True
         except OSError as error:
             if error.errno != errno.EBUSY:
                 log.error(  # noqa: TRY400 - the errno says it all
