@@ -45,7 +45,7 @@ def kernel() -> Kernel:
     try:
         return build()
     except GuestUnavailableError as error:
-        pytest.skip(str(error))
+        pytest.fail(str(error))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def image(tmp_path: Path) -> Path:
 def nbd_disk(image: Path, *filters: str, trigger: Path) -> Iterator[str]:
     """*image* behind nbdkit; all requests fail with EIO while *trigger* exists; yields QEMU's name for it."""
     if shutil.which("nbdkit") is None:
-        pytest.skip("needs: apt-get install nbdkit")
+        pytest.fail("needs: apt-get install nbdkit")
     address = image.with_suffix(".nbd")
     parameters = [f"--filter={name}" for name in filters]
     parameters += [
@@ -276,7 +276,7 @@ def test_two_builds_at_once_fetch_one_whole_kernel(tmp_path: Path) -> None:
     """A fresh cache, two processes: one download, the same files for both, and nothing else is left."""
     needed = ("qemu-system-x86_64", "busybox", "cpio", "setpriv", "xz")
     if missing := [name for name in needed if shutil.which(name) is None]:
-        pytest.skip(f"needs the programs {missing}")
+        pytest.fail(f"needs the programs {missing}")
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, script in FAKE_FETCHERS.items():
