@@ -584,12 +584,6 @@ class Filesystem(pyfuse3.Operations):
         backing = await self._requests.released(fh)
         await self._do(backing.close)
 
-    # ---- for the operator
-
-    def nodes(self) -> int:
-        """How many inodes the kernel knows of."""
-        return len(self._inodes)
-
 
 def _one_answer(names: Sequence[bytes], position: int) -> Sequence[bytes]:
     """The names from *position* on that fit into one answer."""

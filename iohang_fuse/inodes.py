@@ -126,10 +126,6 @@ class Inodes:
             node = self._by_id[step[0]]
         return b"/".join(reversed(parts)) or b"."
 
-    def all(self) -> list[Node]:
-        """Every node, the root included."""
-        return [*self._by_id.values()]
-
     def parent(self, node: Node) -> int:
         """The id of a directory that *node* was last seen in; the root is its own, as `..` has it."""
         return next(iter(node.names), (node.id, b""))[0]

@@ -159,11 +159,6 @@ class RehandleList:
         return self._hang is not None or self.timed_out
 
     @property
-    def hang_since_s(self) -> float | None:
-        """When the present hang began."""
-        return None if self._hang is None else self._hang.since_s
-
-    @property
     def in_flight(self) -> int:
         """Attempts inside a system call, those of already answered reads included."""
         return len(self._trying) + self._abandoned
