@@ -35,6 +35,9 @@ USAGE, MOUNT_FAILURE = 1, 32
 LONGEST_SPAN_S = 3650 * 86400
 """Ten years. A longer span is a typing error, and with enough digits it would silently be `inf`."""
 
+LARGEST_WRITE_BYTES = 1 << 20
+"""FUSE's largest request: FUSE_MAX_MAX_PAGES in the kernel."""
+
 LARGEST_FILE_BYTES = 1 << 20
 """More than any configuration has; `config=/dev/zero` must not fill the memory."""
 
@@ -174,6 +177,13 @@ def _held_limit(value: object) -> int:
     return size
 
 
+def _write_log(value: object) -> int:
+    size = parse_size(value)
+    if size < LARGEST_WRITE_BYTES:
+        raise ValueError(f"{shown(value)} is less than one large write; say 1M or more")
+    return size
+
+
 # ---- all values
 
 TIMEOUT = "60"
@@ -224,6 +234,10 @@ class Config(BaseModel):
     held_limit_bytes: Annotated[int, PlainValidator(_held_limit)] = _option(
         "1G", "data held in all; beyond it new failures are passed on"
     )
+    write_log_bytes: Annotated[int, PlainValidator(_write_log)] = _option(
+        "64M",
+        "acknowledged, not yet stable data per image; beyond it writers wait",
+    )
     max_background: Annotated[int, PlainValidator(_integer(1, 65535))] = _option(
         "4096", "requests in flight that the kernel allows for this mount"
     )
@@ -248,7 +262,7 @@ class Config(BaseModel):
 KEYS = frozenset({"timeout"} | {str(each.alias) for each in Config.model_fields.values() if each.description})
 """The options that this version has."""
 
-NOT_YET = {"write_log": (), "engine": ("auto", "threads"), "monitor": ("none",), "metrics": ("none",)}
+NOT_YET = {"engine": ("auto", "threads"), "monitor": ("none",), "metrics": ("none",)}
 """Options that are to come, and the values that are true without them: nobody shall believe to have what is
 not there, and a configuration that asks for nothing more shall work today."""
 
@@ -471,10 +485,7 @@ def _take_not_yet(settings: dict[str, _Setting]) -> list[str]:
     problems = []
     for key, values in NOT_YET.items():
         setting = settings.pop(key, None)
-        if setting and not values:
-            why = "every acknowledged write is already on stable storage, so there is no write log yet"
-            problems.append(f"{setting.where}: {why}; leave it out")
-        elif setting and setting.value not in values:
+        if setting and setting.value not in values:
             why = f"this version does not have {shown(setting.value)} yet; say {' or '.join(values)}"
             problems.append(f"{setting.where}: {why}")
     return problems

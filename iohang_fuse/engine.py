@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import threading
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -18,10 +19,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import outcome
 import trio
 
-from iohang_fuse.source import SERVER, Caller, acting_as, by_descriptor
+from iohang_fuse.source import Caller, Opened, Where, acting_as, open_again, open_same
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -72,112 +73,149 @@ class Flight(Generic[T]):
         return trio.lowlevel.Abort.SUCCEEDED
 
 
-class Backing:
-    """The open backing file of one handle.
+class _Description:
+    """An open file description: closed when it has been replaced and the last attempt on it has returned."""
 
-    Where writes are made final by O_DSYNC, each attempt has a descriptor to itself while it runs. Linux reports a failed
-    writeback once per open file description: two writes at once on one would share the report, and the second would be
-    told that its lost data is safe (file_check_and_advance_wb_err in the kernel's mm/filemap.c).
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.users = 0
+        self.replaced = False
+
+
+class Backing:
+    """The open backing file of one handle. It may be opened anew beneath its handle: `renew`.
+
+    Attempts are positional, so nothing but the flags is carried over. Where the consumer asked for O_DSYNC, writes and syncs
+    come one at a time: Linux reports a failed writeback once per open file description, so of two at once the second would
+    be told that its lost data is safe (file_check_and_advance_wb_err in mm/filemap.c).
     """
 
-    def __init__(self, fd: int, spare_flags: int | None, opener: Caller) -> None:
-        self.fd = fd
-        self._spare_flags = spare_flags
-        self._spares: list[int] = []
+    def __init__(self, opened: Opened, opener: Caller) -> None:
+        self.stable = opened.stable  # whether a write that has returned needs no sync
+        self.generation = 0  # how often it has been opened anew
+        self.renewed_s = -math.inf  # when that was last tried, and why it could not be had: the shell's
+        self.refusal: OSError | None = None
+        self._flags = opened.flags
         self._opener = opener
-        self._main_turn = threading.Lock()
+        self._now = _Description(opened.fd)
+        self._lock = threading.Lock()
+        self._serial = threading.Lock() if opened.flags & os.O_DSYNC else contextlib.nullcontext()
+        self._renewing = threading.Lock()
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[int]:
+        with self._lock:
+            description = self._now
+            description.users += 1
+        try:
+            yield description.fd
+        finally:
+            with self._lock:
+                description.users -= 1
+                unused = description.replaced and not description.users
+            if unused:
+                _close_quietly(description.fd)
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to *size* bytes; fewer only at the end of the file."""
-        data = os.pread(self.fd, size, offset)
-        if len(data) in {0, size}:
-            return data
-        parts = [data]
-        have = len(data)
-        while have < size:
-            data = os.pread(self.fd, size - have, offset + have)
-            if not data:
-                break
-            parts.append(data)
-            have += len(data)
-        return b"".join(parts)
+        with self._using() as fd:
+            data = os.pread(fd, size, offset)
+            if len(data) in {0, size}:
+                return data
+            parts = [data]
+            have = len(data)
+            while have < size:
+                data = os.pread(fd, size - have, offset + have)
+                if not data:
+                    break
+                parts.append(data)
+                have += len(data)
+            return b"".join(parts)
 
     def write(self, offset: int, data: bytes) -> int:
-        """Write all of *data*; when this returns, its result is final. Clears set-ID bits as the opener's write would."""
-
-        # acting_as: without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write.
-        # Around the write alone: it does not nest, and opening a spare is one more.
-        def write_as_opener(fd: int) -> int:
-            with acting_as(self._opener, with_groups=False):
-                return _write_whole(fd, data, offset)
-
-        return self._exclusively(write_as_opener)
+        """Write all of *data*. Clears set-ID bits as the opener's write would."""
+        # Without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write.
+        with self._serial, self._using() as fd, acting_as(self._opener, with_groups=False):
+            return _write_whole(fd, data, offset)
 
     def truncate(self, size: int) -> None:
         """Change the file's size."""
-        with acting_as(self._opener, with_groups=False):
-            os.ftruncate(self.fd, size)
+        with self._using() as fd, acting_as(self._opener, with_groups=False):
+            os.ftruncate(fd, size)
 
-    def sync(self, *, data_only: bool) -> None:
-        """fsync(2) or fdatasync(2)."""
-        self._exclusively(os.fdatasync if data_only else os.fsync)
+    def sync(self, *, data_only: bool) -> int:
+        """fsync(2) or fdatasync(2); returns the file's size before it, which is now stable."""
+        with self._serial, self._using() as fd:
+            size = os.fstat(fd).st_size
+            _sync(fd, data_only=data_only)
+            return size
+
+    def rewrite(self, writes: Sequence[tuple[int, bytes | memoryview]], *, data_only: bool) -> int:
+        """Write all of *writes* again and sync, on one description; returns the size that is now stable."""
+        with self._serial, self._using() as fd:
+            for offset, data in writes:
+                _write_whole(fd, data, offset)
+            size = os.fstat(fd).st_size
+            _sync(fd, data_only=data_only)
+            return size
+
+    def ask(self) -> None:
+        """Raises OSError unless the storage answers: after a give-up, before anything else goes to the same place (P5).
+
+        statfs(2), because a read might be answered from the page cache.
+        """
+        with self._using() as fd:
+            os.fstatvfs(fd)
+
+    def another(self) -> Backing:
+        """One more description of the same file, for syncs: what goes wrong on this one uses up no report on that one."""
+        with self._using() as fd:
+            flags = self._flags & ~os.O_SYNC
+            return Backing(Opened(open_same(fd, flags, self._opener), flags, stable=False), self._opener)
+
+    def renew(self, where: Where, generation: int) -> bool:
+        """Open the file anew, unless that has been done since *generation*. Returns whether it was done.
+
+        Raises OSError with the reason where it cannot be had; the old description then stays, and is tried again.
+        """
+        with self._renewing:
+            if self.generation != generation:
+                return False
+            with self._using() as fd:
+                new = open_again(fd, self._flags, self._opener, where)
+            with self._lock:
+                old, self._now = self._now, _Description(new)
+                self.generation += 1
+                old.replaced = True
+                unused = not old.users
+            if unused:
+                _close_quietly(old.fd)
+            return True
 
     def close(self) -> None:
-        """Close all descriptors; blocks where the file system flushes on close. Raises what closing the main one did."""
-        _close_spares(self._spares)
-        os.close(self.fd)
+        """Blocks where the file system flushes on close. Raises what closing did; the descriptor is gone all the same.
 
-    def _exclusively(self, work: Callable[[int], T]) -> T:
-        if self._spare_flags is None:
-            return work(self.fd)
-        spares = self._spares
-        try:
-            fd = spares.pop()
-        except IndexError:
-            fd = self._open_spare()
-        if fd < 0:
-            with self._main_turn:
-                return work(self.fd)
-        try:
-            result = work(fd)
-        except BaseException:
-            # Every other descriptor will report this same failure once more, to a write that has done nothing wrong:
-            # those at hand are closed now, those in use when they come back and find another list.
-            stale, self._spares = self._spares, []
-            _close_spares([*stale, fd])
-            raise
-        if spares is self._spares:
-            spares.append(fd)
-        else:
-            _close_spares([fd])
-        return result
-
-    def _open_spare(self) -> int:
-        """One more description of the same file, or -1 where there is none to be had.
-
-        Nobody may open it again (mode 0444, made by its user), or no more files may be open: not the storage's fault, so
-        neither an error for the guest nor a reason to hold.
+        While an attempt is inside it, that one closes it.
         """
-        assert self._spare_flags is not None
-        for who in (self._opener, SERVER):
-            try:
-                with acting_as(who):
-                    return os.open(by_descriptor(self.fd), self._spare_flags)
-            except PermissionError:
-                continue
-            except OSError as error:
-                if error.errno not in {errno.EMFILE, errno.ENFILE}:
-                    raise
-        return -1
+        with self._lock:
+            self._now.replaced = True
+            unused = not self._now.users
+        if unused:
+            os.close(self._now.fd)
 
 
-def _close_spares(descriptors: list[int]) -> None:
-    for fd in descriptors:
-        with contextlib.suppress(OSError):  # its writes have had their answers; the descriptor is gone all the same
-            os.close(fd)
+def _close_quietly(fd: int) -> None:
+    with contextlib.suppress(
+        OSError
+    ):  # what was written through it is in the write log; the descriptor is gone all the same
+        os.close(fd)
 
 
-def _write_whole(fd: int, data: bytes, offset: int) -> int:
+def _sync(fd: int, *, data_only: bool) -> None:
+    (os.fdatasync if data_only else os.fsync)(fd)
+
+
+def _write_whole(fd: int, data: bytes | memoryview, offset: int) -> int:
     count = os.pwrite(fd, data, offset)
     if count == len(data):
         return count

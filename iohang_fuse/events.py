@@ -66,4 +66,13 @@ class HeldLimitReached:
     held_bytes: int
 
 
-Event = HangBegan | HangEnded | TimedOut | HeldLimitReached
+@dataclass(frozen=True, slots=True)
+class ReopenRefused:
+    """A file whose descriptor seems to be dead was not opened anew, because of *why*; once per hang and reason."""
+
+    image: str
+    why: str
+    at_s: float
+
+
+Event = HangBegan | HangEnded | TimedOut | HeldLimitReached | ReopenRefused

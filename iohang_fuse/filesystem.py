@@ -23,9 +23,8 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
 from iohang_fuse import source
 from iohang_fuse.engine import Backing
-from iohang_fuse.events import Op
 from iohang_fuse.inodes import ROOT, Inodes, Node
-from iohang_fuse.source import Attributes, Caller, Found, Stability
+from iohang_fuse.source import Attributes, Caller, Found, Where
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -94,14 +93,17 @@ class Filesystem(pyfuse3.Operations):
         *,
         attr_timeout_s: float,
         entry_timeout_s: float,
-        stability: Stability,
+        direct: bool,
+        source_path: str = "",
     ) -> None:
+        """*direct*: pass O_DIRECT on where SOURCE takes it unaligned. *source_path*: where SOURCE is if it is mounted anew."""
         super().__init__()
         self._inodes = Inodes(root.key, root.fd)
         self._requests = requests
         self._attr_timeout_s = attr_timeout_s
         self._entry_timeout_s = entry_timeout_s
-        self._stability = stability
+        self._direct = direct
+        self._source_path = source_path
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
         self._limiter = trio.CapacityLimiter(METADATA_THREADS)
@@ -181,6 +183,9 @@ class Filesystem(pyfuse3.Operations):
 
     def _entry(self, node: Node, attributes: os.stat_result, size: int | None = None) -> EntryAttributes:
         entry = EntryAttributes()
+        image = self._requests.images.get(node.id)
+        if image is not None:  # growth that was acknowledged, and then lost in writeback
+            size = max(attributes.st_size if size is None else size, image.log.end)
         entry.st_ino = node.id
         entry.generation = node.generation
         entry.entry_timeout = self._entry_timeout_s
@@ -365,7 +370,7 @@ class Filesystem(pyfuse3.Operations):
         handle = None if fh is None else self._requests.handles.get(fh)
         image = self._requests.images.get(inode)
         if size is not None and handle is not None:
-            await self._truncate(handle, size)
+            await self._requests.truncate(handle, size)
             if not (fields.update_mode or fields.update_mtime or fields.update_atime):
                 return await self._attributes(inode)
             size = None
@@ -381,17 +386,17 @@ class Filesystem(pyfuse3.Operations):
             and attr.st_atime_ns == attr.st_mtime_ns
             and 0 <= received_ns - attr.st_mtime_ns < _NOW_NS,
         )
-        attributes = await self._do(source.change, node.fd, changes, _caller(ctx))
+        if image is not None and size is not None:  # of an open file, by its name: in its place among the writes (P4)
+            attributes = await self._requests.resize(
+                next(iter(image.handles.values())),
+                size,
+                functools.partial(source.change, node.fd, changes, _caller(ctx)),
+            )
+        else:
+            attributes = await self._do(source.change, node.fd, changes, _caller(ctx))
         if image is not None:
-            if size is not None:
-                image.truncated(size)
             image.saw(attributes)
         return self._entry(node, attributes)
-
-    async def _truncate(self, handle: Handle, size: int) -> None:
-        backing = handle.backing
-        await self._requests.run(handle, Op.WRITE, size, 0, lambda: backing.truncate(size))
-        handle.image.truncated(size)
 
     @_translated
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
@@ -531,12 +536,15 @@ class Filesystem(pyfuse3.Operations):
     @_translated
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         node, caller = self._node(inode), _caller(ctx)
-        opened = await self._with_room(source.open_data, node.fd, flags, caller, self._stability)
-        handle = self._requests.opened(inode, self._name(node), Backing(*opened, caller), flags)
-        if handle.image.capability is None and flags & os.O_ACCMODE != os.O_RDONLY:
+        work = functools.partial(source.open_data, node.fd, flags, caller, direct=self._direct)
+        image = self._requests.images.get(inode)
+        if image is not None and flags & os.O_TRUNC:
+            opened = await self._requests.resize(next(iter(image.handles.values())), 0, work)
+        else:
+            opened = await self._with_room(work)
+        handle = self._opened(node, opened, flags, caller)
+        if handle.image.capability is None and handle.writable:
             handle.image.capability = await self._do(source.read_capability, node.fd)
-        if flags & os.O_TRUNC:
-            handle.image.truncated(0)
         return FileInfo(fh=handle.number, keep_cache=False)
 
     @_translated
@@ -544,13 +552,25 @@ class Filesystem(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         parent, caller = self._node(parent_inode), _caller(ctx)
-        opened, found = await self._do(source.create_data, parent.fd, name, mode, flags, caller, self._stability)
+        work = functools.partial(source.create_data, parent.fd, name, mode, flags, caller, direct=self._direct)
+        opened, found = await self._do(work)
         entry = self._looked_up(found, parent_inode, name)
         node = self._node(entry.st_ino)
-        handle = self._requests.opened(node.id, self._name(node), Backing(*opened, caller), flags)
+        handle = self._opened(node, opened, flags, caller)
+        if flags & os.O_TRUNC:  # and it was there, and open: somebody else had made it in that moment
+            handle.image.truncated(0)
         if flags & os.O_EXCL:
             handle.image.capability = errno.ENODATA
         return FileInfo(fh=handle.number, keep_cache=False), entry
+
+    def _opened(self, node: Node, opened: source.Opened, flags: int, caller: Caller) -> Handle:
+        handle = self._requests.opened(node.id, self._name(node), Backing(opened, caller), flags)
+        if handle.image.where is None:
+            handle.image.where = functools.partial(self._where, node)
+        return handle
+
+    def _where(self, node: Node, size: int) -> Where:
+        return Where(self._source_path, self._inodes.whereabouts(node), node.key.number, node.key.handle, size)
 
     @_translated
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -558,31 +578,27 @@ class Filesystem(pyfuse3.Operations):
         if handle.direct and size < 512:
             # QEMU probes the alignment with short reads, and would assume 4096 where they succeed without O_DIRECT's rules.
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        backing = handle.backing
-        return await self._requests.run(handle, Op.READ, off, size, lambda: backing.read(off, size))
+        return await self._requests.read(handle, off, size)
 
     @_translated
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        handle = self._requests.handles[fh]
-        backing = handle.backing
-        written = await self._requests.run(handle, Op.WRITE, off, len(buf), lambda: backing.write(off, buf))
-        handle.image.wrote(off + written)
-        return written
+        return await self._requests.write(self._requests.handles[fh], off, buf)
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature
-        handle = self._requests.handles[fh]
-        backing = handle.backing
-        await self._requests.run(handle, Op.FSYNC, 0, 0, lambda: backing.sync(data_only=datasync))
+        await self._requests.sync(self._requests.handles[fh], data_only=datasync)
 
     @_translated
     async def flush(self, fh: int) -> None:
-        """close(2): nothing to do, because every write that was answered is final."""
+        """close(2), and the last moment in which a writer can be told that its data is lost."""
+        handle = self._requests.handles[fh]
+        if handle.writable and handle.image.log:
+            await self._requests.sync(handle, data_only=True)
 
     @_translated
     async def release(self, fh: int) -> None:
-        backing = await self._requests.released(fh)
-        await self._do(backing.close)
+        for backing in await self._requests.released(fh):
+            await self._do(backing.close)
 
 
 def _one_answer(names: Sequence[bytes], position: int) -> Sequence[bytes]:

@@ -115,16 +115,27 @@ class Inodes:
 
     def path(self, node: Node) -> bytes:
         """A name of *node* relative to SOURCE, for messages: the oldest that still leads to the root."""
+        parts, top = self._names_to_root(node)
+        if top.id != ROOT:
+            parts = [b"(inode %d)" % top.key.number, *parts]
+        return b"/".join(parts) or b"."
+
+    def whereabouts(self, node: Node) -> bytes | None:
+        """The same for finding it again; None if no name leads to it."""
+        parts, top = self._names_to_root(node)
+        return b"/".join(parts) if parts and top.id == ROOT else None
+
+    def _names_to_root(self, node: Node) -> tuple[list[bytes], Node]:
         parts: list[bytes] = []
         seen = set()
         while node.id != ROOT:
             step = next(((p, n) for p, n in node.names if p in self._by_id and p not in seen), None)
             if step is None:
-                return b"/".join([b"(inode %d)" % node.key.number, *reversed(parts)])
+                break
             seen.add(node.id)
             parts.append(step[1])
             node = self._by_id[step[0]]
-        return b"/".join(reversed(parts)) or b"."
+        return parts[::-1], node
 
     def parent(self, node: Node) -> int:
         """The id of a directory that *node* was last seen in; the root is its own, as `..` has it."""

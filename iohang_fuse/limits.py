@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import math
+import os
 import resource
 import signal
 from dataclasses import dataclass
@@ -24,6 +27,12 @@ SLOWEST_ATTEMPT_S = 120
 """An attempt that fails: a `soft` NFS mount, vers 4.2, gave its first error after 92 s. One that never returns (`hard`) would
 need a limit that is off; that is said in the documentation, not checked."""
 
+log = logging.getLogger(__name__)
+
+_LARGEST_REQUEST_BYTES = (1 << 20) + 4096
+"""libfuse 3.14's receive buffer: FUSE's largest write and its header."""
+
+_PIPE_MAX_SIZE = Path("/proc/sys/fs/pipe-max-size")
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _FILES = 1 << 20
 
@@ -122,6 +131,32 @@ def raise_open_files() -> None:
         except (ValueError, OSError):
             continue  # more than the hard limit takes CAP_SYS_RESOURCE
         return
+
+
+def price_of_held_bytes() -> int:
+    """What a held byte of data costs in memory: itself, and again itself in libfuse's receive buffer, unless that is a pipe.
+
+    libfuse takes large requests through a pipe where one can be had that holds them, and otherwise through a buffer for each
+    task, which stays as it is until the task's request is answered. More than fs.pipe-max-size takes CAP_SYS_RESOURCE.
+    """
+    if _a_request_fits_a_pipe():
+        return 1
+    try:
+        _PIPE_MAX_SIZE.write_text(f"{2 * (1 << 20)}\n")  # pipes have a power of two
+    except OSError as error:
+        log.info("fs.pipe-max-size stays below 2 MiB (%s): held data takes twice its size of held_limit", error)
+    return 1 if _a_request_fits_a_pipe() else 2
+
+
+def _a_request_fits_a_pipe() -> bool:
+    ends = os.pipe()
+    try:
+        return fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, _LARGEST_REQUEST_BYTES) >= _LARGEST_REQUEST_BYTES
+    except OSError:
+        return False
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def set_max_background(device_minor: int, count: int) -> None:

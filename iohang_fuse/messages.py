@@ -11,7 +11,7 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, TimedOut
+from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, ReopenRefused, TimedOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,9 @@ def span_words(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def sentence(event: Event, clock: Callable[[float], str]) -> tuple[int, str]:
+def sentence(  # noqa: PLR0911 - one for each kind of event
+    event: Event, clock: Callable[[float], str]
+) -> tuple[int, str]:
     """The level and the text of one log line."""
     match event:
         case HangBegan():
@@ -69,4 +71,9 @@ def sentence(event: Event, clock: Callable[[float], str]) -> tuple[int, str]:
             return logging.ERROR, (
                 f"{event.image}: {error_words(event.errno)} was passed on, because {event.held_bytes} bytes are held and "
                 f"held_limit allows no more."
+            )
+        case ReopenRefused():
+            return logging.ERROR, (
+                f"{event.image}: its descriptor fails, and it was not opened anew: {event.why}. It is not written by that name; "
+                f"put the file back under its name, or let its consumer close it."
             )

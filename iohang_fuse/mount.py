@@ -24,7 +24,6 @@ from iohang_fuse.messages import error_words, sentence
 from iohang_fuse.mountwords import libfuse_escaped
 from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
-from iohang_fuse.source import Stability
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,13 @@ class _Server:
         self._config = config
         self._mountpoint = mountpoint
         self._started = started
-        self._requests = Requests(_policy(config), config.held_limit_bytes, [self._log_event])
+        self._requests = Requests(
+            _policy(config),
+            config.held_limit_bytes,
+            [self._log_event],
+            write_log=config.write_log_bytes,
+            price=limits.price_of_held_bytes(),
+        )
         self._unmounted = False
         self._detached = False
         self._refusal: Refusal | None = None
@@ -186,7 +191,8 @@ class _Server:
             attr_timeout_s=config.attr_timeout_s,
             # Other users, and nobody but SOURCE to check their right to search a directory: ask it each time.
             entry_timeout_s=config.attr_timeout_s if checks_names else 0,
-            stability=Stability.DIRECT if config.direct == "auto" else Stability.SYNCHRONOUS,
+            direct=config.direct == "auto",
+            source_path=str(config.source),
         )
         options = {*config.mount_words, f"fsname={libfuse_escaped(str(config.source))}", f"subtype={SUBTYPE}"}
         try:
@@ -200,7 +206,7 @@ class _Server:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(filesystem.close_unwanted)
                 nursery.start_soon(self._requests.serve, nursery)
-                nursery.start_soon(self._mind_signals)
+                nursery.start_soon(self._mind_signals, nursery)
                 nursery.start_soon(self._announce)
                 await pyfuse3.main(limits.MIN_TASKS, limits.MAX_TASKS)
                 nursery.cancel_scope.cancel()
@@ -244,7 +250,7 @@ class _Server:
 
     # ---- signals
 
-    async def _mind_signals(self) -> None:
+    async def _mind_signals(self, nursery: trio.Nursery) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) as signals:
             asked = 0
             async for number in signals:
@@ -253,10 +259,10 @@ class _Server:
                     continue
                 # A terminal that hangs up asks once; it does not insist.
                 asked += number != signal.SIGHUP
-                await self._unmount(signal.Signals(number).name, insist=asked > 1)
+                await self._unmount(signal.Signals(number).name, nursery, insist=asked > 1)
 
-    async def _unmount(self, why: str, *, insist: bool) -> None:
-        """The first request unmounts, or says who is in the way; the second one does not take no for an answer (P8)."""
+    async def _unmount(self, why: str, nursery: trio.Nursery, *, insist: bool) -> None:
+        """The first unmounts, or says who is in the way; the second takes no no for an answer; the third does not wait (P8)."""
         if self._detached:
             pyfuse3.terminate()
             return
@@ -290,7 +296,21 @@ class _Server:
         self._requests.hold_no_more()
         log.warning("%s again: %s is detached; held requests have their errors. Open files have %g s to be closed.",
                     why, self._mountpoint, _LAST_CLOSE_S)  # fmt: skip
+        nursery.start_soon(self._end)
+
+    async def _end(self) -> None:
+        """Time for the last close, and as long as it takes for writes inside a system call: ending would answer them (P5)."""
         await trio.sleep(_LAST_CLOSE_S)
+        while stuck := self._requests.writes_in_flight():
+            log.warning(
+                "%d writes are inside a system call of SOURCE that has not returned: %s. They are answered when it does. Send the "
+                "signal once more to end without them: their consumers get an error, and the data may still reach the files.",
+                sum(stuck.values()), ", ".join(f"{name} ({count})" for name, count in stuck.items()),
+            )  # fmt: skip
+            for _ in range(round(_LAST_CLOSE_S)):
+                await trio.sleep(1)
+                if not self._requests.writes_in_flight():
+                    break
         pyfuse3.terminate()
 
     # ---- what the log gets

@@ -9,7 +9,9 @@
    but an operator moves it (P2).
 5. Who has waited longest since arrival or last attempt goes first. So every wait for a turn ends: by age alone, eight
    bad sectors that fail slowly would keep the gate to themselves (P8).
-6. Each attempt that is started (TRYING) is reported exactly once: `succeeded`, `failed`, `returned` or `cancelled`.
+6. Before its first attempt a request waits for its turn in the order of ordering.py; it gives its place up when it ends.
+   Before each attempt a write also waits for room in the write log (`set_room`).
+7. Each attempt that is started (TRYING) is reported exactly once: `succeeded`, `failed`, `returned` or `cancelled`.
 
 How a hang goes. A transient failure closes the *recovery gate*: at most `recovery_gate` attempts of the image are in
 flight. Each tick of the timer lets held requests try again. The first success opens the gate, and every held request is
@@ -30,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
+from iohang_fuse.ordering import Fences, Ordering, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -67,17 +70,25 @@ class Policy:
 
 @dataclass(slots=True)
 class HeldBytes:
-    """The data held in all images together, against `held_limit` (P10). Only writes hold data."""
+    """The memory that is held in all images together, against `held_limit` (P10). Only writes hold data.
+
+    A byte of data costs *price* bytes: 2 where libfuse keeps each request's receive buffer until the answer.
+    """
 
     limit: int
     held: int = 0
+    price: int = 1
 
     def take(self, count: int, *, whatever_the_limit: bool = False) -> bool:
-        """Account for *count* bytes, unless that would exceed the limit."""
-        if self.held + count > self.limit and not whatever_the_limit:
+        """Account for *count* bytes of data, unless that would exceed the limit."""
+        if self.held + count * self.price > self.limit and not whatever_the_limit:
             return False
-        self.held += count
+        self.held += count * self.price
         return True
+
+    def give_back(self, count: int) -> None:
+        """*count* bytes of data are held no more."""
+        self.held -= count * self.price
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +109,8 @@ class Request:
     held: bool = False
     freed: bool = False  # a success of another has let it try again, and it has not yet
     stubborn: bool = False
+    uncertain: bool = False  # a write of which an attempt has failed in a way that may still reach the file
+    turn: Turn[Request] | None = None  # its place in the order
     answer: int | None = None  # the errno to answer, once ENDED by a give-up
     wake: Callable[[], None] | None = None  # the shell's: whoever waits for this request's next state
 
@@ -128,13 +141,19 @@ class RehandleList:
         self.held: dict[int, Request] = {}  # by seq, in the order in which they were first held
         self.errno: int | None = None  # of the image's latest failure
         self.offset = 0  # where that was: the probe reads there
+        self.fences = Fences()
+        self.room = True  # whether the write log takes more
+        self.pressed = 0  # writes that had to wait for room in the write log, ever
+        self._order: Ordering[Request] = Ordering()
         self._held_bytes = held_bytes
         self._seq = 0
         self._trying: dict[int, Request] = {}  # by seq, oldest attempt first
         self._abandoned = 0  # reads answered while their attempt is still in the system call
         self._live = 0  # requests that have not ended
-        # Requests that have ended stay in these four until `_sweep`: removing each would cost a search.
+        # Requests that have ended stay in these until `_sweep`: removing each would cost a search.
         self._dead = 0
+        self._behind: dict[int, Request] = {}  # by seq: its turn in the order has not come
+        self._roomless: deque[Request] = deque()  # writes: until there is room in the write log
         self._ready: list[tuple[float, int, Request]] = []  # heap, longest waiting first: may try when there is room
         self._idle: deque[Request] = deque()  # failed, longest waiting first: until a success or the timer
         self._stubborn: deque[Request] = deque()  # the same, until the timer
@@ -166,7 +185,7 @@ class RehandleList:
     @property
     def waiting(self) -> list[Request]:
         """Requests outside a system call, oldest first."""
-        queued = (*(entry[2] for entry in self._ready), *self._idle, *self._stubborn)
+        queued = (*self._unstarted(), *self._idle, *self._stubborn)
         return sorted((r for r in queued if r.state is State.WAITING), key=lambda request: request.seq)
 
     @property
@@ -183,24 +202,46 @@ class RehandleList:
 
     # ---- what happens to a request
 
-    def arrive(self, op: Op, offset: int, length: int, now: float) -> tuple[Request, Step]:
-        """A new request. It may try at once (TRYING) as far as there is room; otherwise it waits its turn."""
+    def arrive(
+        self, op: Op, offset: int, length: int, now: float, *, end: float | None = None, ordered: bool = True
+    ) -> tuple[Request, Step]:
+        """A new request of *length* bytes, which concerns the file up to *end* (of a change of size: infinity).
+
+        It may try at once (TRYING) as far as there is room; otherwise it waits its turn, or has its answer already. One that
+        is not *ordered* waits for no other: the server's own sync, which has nothing to do but with what was acknowledged.
+        """
         self._seq += 1
         self._live += 1
         request = Request(self._seq, op, offset, length, arrived_s=now)
         step = Step()
-        if not self._ready and self.in_flight < self._room:
+        if ordered:
+            request.turn = self._take_place(request, offset + length if end is None else end)
+        behind = request.turn is not None and request.turn.waits
+        if not behind and not self._ready and self.in_flight < self._slots and self._has_room(request):
             self._start(request, now)
             return request, step
-        self._push_ready(request)
-        self._pump(now, step)
+        if behind:
+            self._behind[request.seq] = request
+        else:
+            self._push_ready(request)
+            self._pump(now, step)
         if self.sick and request.state is State.WAITING:
             self._limit_wait(request, now)
             # With the gate open it waits for room, as on a healthy image. Held, it would keep the hang going: under load
             # there is always one that waits.
             if not self.gate_open:
-                self._hold(request, now, step)
+                self._hold_waiting(request, now, step)
+                self._pump(now, step)
         return request, step
+
+    def _take_place(self, request: Request, end: float) -> Turn[Request]:
+        match request.op:
+            case Op.READ:
+                return self._order.read(request, request.offset, end)
+            case Op.WRITE:
+                return self._order.write(request, request.offset, end)
+            case Op.FSYNC:
+                return self._order.sync(request)
 
     def succeeded(self, request: Request, now: float) -> Step:
         """The attempt of *request* has succeeded; it is answered by its own coroutine."""
@@ -227,6 +268,7 @@ class RehandleList:
         del self._trying[request.seq]
         request.errno = errno
         request.failed_s = now
+        request.uncertain |= errno in self.policy.errors
         if errno not in self.policy.errors or not self._may_hold(request):
             self._pass_on(request, errno, now, step)
             self._pump(now, step)
@@ -239,12 +281,12 @@ class RehandleList:
         if request.deadline_s is not None and now >= request.deadline_s:
             self._give_up(request, now, step)
         elif self.timed_out and not request.held:
-            self._answer(request, self.policy.timeout_errno)
+            self._answer(request, self.policy.timeout_errno, now)
         elif request.held or self._hold(request, now, step):
             self._wait_again(request)
         else:
             self._report_limit(errno, now, step)
-            self._answer(request, errno)
+            self._answer(request, errno, now)
         if closes_gate and self.sick:
             self.gate_open = False
         self._pump(now, step)
@@ -332,6 +374,17 @@ class RehandleList:
             request.deadline_s = now
             if request.op is Op.READ:
                 self._give_up(request, now, step)
+        self._pump(now, step)
+        return step
+
+    def set_room(self, now: float, *, room: bool) -> Step:
+        """Whether the write log takes more. Writes wait until it does."""
+        step = Step()
+        self.room = room
+        if room:
+            while self._roomless:
+                self._ready_again(self._roomless.popleft())
+            self._pump(now, step)
         return step
 
     def closed(self, now: float) -> Step:
@@ -344,16 +397,28 @@ class RehandleList:
     # ---- transitions
 
     @property
-    def _room(self) -> int:
+    def _slots(self) -> int:
         return self.policy.share if self.gate_open else self.policy.recovery_gate
+
+    def _has_room(self, request: Request) -> bool:
+        return self.room or request.op is not Op.WRITE or request.length == 0
 
     def _pump(self, now: float, step: Step) -> None:
         """Start what may start, oldest first."""
-        while self._ready and self.in_flight < self._room:
+        while self._ready and self.in_flight < self._slots:
             request = heapq.heappop(self._ready)[2]
-            if request.state is State.WAITING:
+            if request.state is not State.WAITING:
+                continue
+            if self._has_room(request):
                 self._start(request, now)
                 step.woken.append(request)
+            else:
+                self.pressed += 1
+                self._roomless.append(request)
+
+    def _unstarted(self) -> list[Request]:
+        """Those that wait, but not because they have failed; some may have ended."""
+        return [*self._behind.values(), *self._roomless, *(entry[2] for entry in self._ready)]
 
     def _start(self, request: Request, now: float) -> None:
         request.state = State.TRYING
@@ -404,16 +469,25 @@ class RehandleList:
         self._the_hang.held_max = max(self._the_hang.held_max, len(self.held))
         return True
 
+    def _hold_waiting(self, request: Request, now: float, step: Step) -> None:
+        """Hold what has not failed itself; answer it where there is no room for its data."""
+        if self.timed_out or not self._may_hold(request) or self._hold(request, now, step):
+            return
+        errno = self.errno or self.policy.timeout_errno
+        self._report_limit(errno, now, step)
+        self._answer(request, errno, now)
+        step.woken.append(request)
+
     def _begin(self, request: Request, now: float, step: Step) -> None:
         self._hang = _Hang(since_s=now, errno=request.errno)
         self._tick_s = now + self.policy.interval_s
         self._sick_since_s = now
         assert request.deadline_s is not None
         step.events.append(HangBegan(self.image, request.op, request.errno, now, request.deadline_s))
-        for _, _, waiting in sorted(self._ready):
+        for waiting in sorted(self._unstarted(), key=lambda each: each.seq):
             if waiting.state is State.WAITING:
                 self._limit_wait(waiting, now)
-                self._hold(waiting, now, step)
+                self._hold_waiting(waiting, now, step)
 
     @property
     def _the_hang(self) -> _Hang:
@@ -426,7 +500,7 @@ class RehandleList:
         request.held = False
         del self.held[request.seq]
         if request.op is Op.WRITE:
-            self._held_bytes.held -= request.length
+            self._held_bytes.give_back(request.length)
         hang = self._the_hang
         if not self.held:
             self._hang = None
@@ -481,13 +555,13 @@ class RehandleList:
         """Answer *request* with `timeout_errno`; the image's first give-up makes it timed out."""
         if self._trying.pop(request.seq, None) is not None:
             self._abandoned += 1
-        self._answer(request, self.policy.timeout_errno)
+        self._answer(request, self.policy.timeout_errno, now)
         step.woken.append(request)
         if not self.timed_out:
             self.timed_out = True
             if self._hang is None:  # sick all the same: what waits here must not wait for ever
                 self._sick_since_s = now
-                for _, _, waiting in self._ready:
+                for waiting in self._unstarted():
                     if waiting.state is State.WAITING:
                         self._limit_wait(waiting, now)
             if self._tick_s == math.inf:
@@ -499,17 +573,26 @@ class RehandleList:
             self._release(request, now, step)
 
     def _pass_on(self, request: Request, errno: int, now: float, step: Step) -> None:
-        self._answer(request, errno)
+        self._answer(request, errno, now)
         if request.held:
             self._the_hang.passed_on += 1
             self._release(request, now, step)
 
-    def _answer(self, request: Request, errno: int) -> None:
+    def _answer(self, request: Request, errno: int, now: float) -> None:
+        if request.uncertain and request.op is Op.WRITE and request.turn is not None:
+            self.fences.put(request.turn.start, request.turn.end, now)
         self._end(request)
         request.answer = errno
 
     def _end(self, request: Request) -> None:
+        """*request* is over. Whose turn in the order has come is ready: the caller pumps."""
         request.state = State.ENDED
+        self._behind.pop(request.seq, None)
+        if request.turn is not None:
+            for next_one in self._order.leave(request.turn):
+                if self._behind.pop(next_one.seq, None) is not None:
+                    self._push_ready(next_one)
+            request.turn = None
         self._live -= 1
         self._dead += 1
         if self._dead > self._live + 64:
@@ -521,6 +604,7 @@ class RehandleList:
         for heap in (self._ready, self._deadlines):
             heap[:] = [entry for entry in heap if entry[2].state is not State.ENDED]
             heapq.heapify(heap)
+        self._roomless = deque(r for r in self._roomless if r.state is not State.ENDED)
         self._idle = deque(r for r in self._idle if r.state is not State.ENDED)
         self._stubborn = deque(r for r in self._stubborn if r.state is not State.ENDED)
 

@@ -2,41 +2,67 @@
 
 1. The data, the descriptor and the waiting live in the coroutine that pyfuse3 started for the request. Nothing is handed
    to another task: timer and recovery only wake it.
-2. What becomes of it is decided in rehandle.py. This module keeps time, wakes, and sends events to their listeners.
+2. What becomes of it is decided in rehandle.py, in which order in ordering.py. This module keeps time, wakes, and sends
+   events to their listeners.
 3. An image is an open inode of SOURCE, whichever handles are open on it. It exists from the first open to the last close.
+4. What a write, a read and an fsync have to do with the write log stands in `write`, `read` and `sync`: a write is in it
+   before it is answered; a read gets what is in it; an fsync is answered when what was in it is stable (P3).
+5. Linux reports a failed writeback once to each open file description. So an image has one that is for syncs alone, its
+   *witness*: open since before anything in the log was written, and used by one sync at a time, it misses no report.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
+import threading
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
 from iohang_fuse.engine import Abandoned, Backing, Flight
-from iohang_fuse.events import Event, Op
+from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
 from iohang_fuse.rehandle import HeldBytes, Policy, RehandleList, Request, State, Step
+from iohang_fuse.source import NotTheSame, Where
+from iohang_fuse.writelog import WriteLog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_FAMILIAR = 2
+"""Attempts before the file is opened anew for the next one: the second failure shows that it may be the descriptor."""
+
 
 class Image:
-    """One open inode: its handles, its rehandle list, and its attributes as last seen."""
+    """One open inode: its handles, its rehandle list, its write log, and its attributes as last seen."""
 
-    def __init__(self, node_id: int, name: str, policy: Policy, held_bytes: HeldBytes) -> None:
+    def __init__(self, node_id: int, name: str, policy: Policy, held_bytes: HeldBytes, write_log: int) -> None:
         self.node_id = node_id
         self.held = RehandleList(name, policy, held_bytes)
+        self.log = WriteLog(write_log)
         self.handles: dict[int, Handle] = {}
+        self.where: Callable[[int], Where] | None = None  # how to find it by its name, given the size that is stable
+        self.stable_size = 0
         self.capability: bytes | int | None = None  # security.capability, or the errno it gave; None: not yet asked
+        self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
+        self.refusal = ""  # why it could not be opened anew, as last reported
+        self.syncing = False  # whether the server syncs by itself
+        self.writing: dict[Request, tuple[int, float]] = {}  # first byte and end, of the attempts in flight
+        self.recovering = False  # the log is being written again
+        self.sync_in_flight = False
+        self.bystanders = trio.lowlevel.ParkingLot()  # who waits for one of those three to change
+        self.syncs = 0  # that have begun
+        self.synced = {True: 0, False: 0}  # the latest of these that has succeeded, for data alone and for all
+        self.resizes = 0  # changes of size that have begun or ended
+        self.witness: Backing | None = None
+        self._witness_lock = threading.Lock()
         self._stat: os.stat_result | None = None
         self._end = 0  # the end of the furthest write since those attributes were read
-        self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
@@ -49,12 +75,29 @@ class Image:
     def truncated(self, size: int) -> None:
         """The size was changed."""
         self._end = size
+        self.log.truncate(size)
         if self._stat is not None and self._stat.st_size > size:
             self._stat = None
 
     def remembered(self) -> tuple[os.stat_result, int] | None:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
         return None if self._stat is None else (self._stat, max(self._stat.st_size, self._end))
+
+    def have_witness(self, writer: Backing) -> None:
+        """Open the witness, before the first write that will be in the log. In a thread."""
+        with self._witness_lock:
+            if self.witness is None:
+                try:
+                    self.witness = writer.another()
+                except OSError as error:
+                    if error.errno not in {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}:
+                        raise
+                    self.witness = writer  # who may open it no more, or nothing more: no reason to fail a write
+
+    def resizing(self, size: int) -> None:
+        """A change of size is about to be tried."""
+        self.resizes += 1
+        self.stable_size = min(self.stable_size, size)
 
 
 class Handle:
@@ -66,6 +109,7 @@ class Handle:
         self.backing = backing
         self.direct = bool(flags & os.O_DIRECT)  # as the consumer opened it
         self.readable = flags & os.O_ACCMODE != os.O_WRONLY
+        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.in_use = 0
         self.idle = trio.Event()
 
@@ -79,12 +123,25 @@ class Handle:
 class Requests:
     """All images of a mount and the requests on them."""
 
-    def __init__(self, policy: Policy, held_limit: int, listeners: Iterable[Callable[[Event], None]]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        held_limit: int,
+        listeners: Iterable[Callable[[Event], None]],
+        *,
+        write_log: int = 0,
+        price: int = 1,
+    ) -> None:
+        """*write_log*: bytes per image, 0 for none. *price*: what a byte of held data costs, see `HeldBytes`."""
         self._policy = policy
-        self._held_bytes = HeldBytes(held_limit)
+        self._held_bytes = HeldBytes(held_limit, price=price)
+        self._write_log = write_log
         self._listeners = [*listeners]
+        # Errors of a write that may be those of an earlier one's writeback: of the storage, or of its space (NFS, ext4).
+        self._may_use_up = policy.errors | {errno.ENOSPC, errno.EDQUOT}
         self._nursery: trio.Nursery | None = None
         self._next_handle = 1
+        self._aloft: set[Request] = set()  # attempts that are inside a system call, or about to be
         self.images: dict[int, Image] = {}
         self.handles: dict[int, Handle] = {}
         self.holding = True
@@ -106,34 +163,183 @@ class Requests:
         """A new handle on the image *node_id*, opened by its consumer with *flags*."""
         image = self.images.get(node_id)
         if image is None:
-            image = self.images[node_id] = Image(node_id, name, self._policy, self._held_bytes)
+            image = self.images[node_id] = Image(node_id, name, self._policy, self._held_bytes, self._write_log)
             image.held.holding = self.holding
         handle = Handle(self._next_handle, image, backing, flags)
         self._next_handle += 1
         image.handles[handle.number] = self.handles[handle.number] = handle
         return handle
 
-    async def released(self, number: int) -> Backing:
-        """The handle's last close. Returns its backing file once no attempt is inside it; closing blocks, so it is the caller's."""
-        handle = self.handles.pop(number)
+    async def released(self, number: int) -> list[Backing]:
+        """The handle's last close. Returns what is to be closed now, which blocks, once no attempt is inside the handle."""
+        handle = self.handles[number]
         image = handle.image
+        if handle.writable:
+            await self._make_stable(handle)
+        unused = [handle.backing]
+        del self.handles[number]
         del image.handles[number]
+        if image.witness is not None and not any(other.writable for other in image.handles.values()):
+            unused += [image.witness] if image.witness is not handle.backing else []
+            image.witness = None
+        elif image.witness is handle.backing:
+            image.witness = None
+            image.log.doubt()  # what it would have been told of, nobody is
         if not image.handles and self.images.get(image.node_id) is image:
             self._apply(image, image.held.closed(trio.current_time()))
             del self.images[image.node_id]
         while handle.in_use:
             handle.idle = trio.Event()
             await handle.idle.wait()
-        return handle.backing
+        return unused
+
+    async def _make_stable(self, handle: Handle) -> None:
+        """Before a writer's description goes, what it might still be told of must be known (NFS syncs at close, too)."""
+        image = handle.image
+        if image.log:
+            try:
+                await self.sync(handle, data_only=True)
+            except OSError as error:
+                if not any(other.writable for other in image.handles.values() if other is not handle):
+                    log.error(  # noqa: TRY400 - the errno says it all
+                        "%s: closed with %d bytes that were acknowledged and are not known to be stable: %s",
+                        image.held.image, image.log.clear(), error,
+                    )  # fmt: skip
 
     # ---- the life of a request
 
-    async def run(self, handle: Handle, op: Op, offset: int, length: int, attempt: Callable[[], T]) -> T:
+    async def read(self, handle: Handle, offset: int, size: int) -> bytes:
+        """Up to *size* bytes at *offset*. Raises OSError when it was given up or its error is passed on."""
+        written = handle.image.log
+
+        async def attempt(request: Request) -> bytes:
+            # The storage may have dropped what a failed writeback left in its cache; the log has it.
+            before = written.overlapping(offset, offset + size)
+            data = await self._fly(handle, request, lambda: handle.backing.read(offset, size))
+            return written.overlay(offset, size, data, before)
+
+        return await self.run(handle, Op.READ, offset, size, attempt)
+
+    async def write(self, handle: Handle, offset: int, data: bytes) -> int:
+        """Write all of *data* at *offset*. Raises OSError when it was given up or its error is passed on."""
+        image, backing = handle.image, handle.backing
+        end = offset + len(data)
+
+        def work() -> int:
+            if image.log.limit and not backing.stable and image.witness is None:
+                image.have_witness(backing)
+            return backing.write(offset, data)
+
+        async def attempt(request: Request) -> int:
+            errors = image.log.errors
+            written = await self._fly_writing(handle, request, offset, end, work)
+            image.log.add(offset, data, stable=backing.stable, errors_before=errors)
+            image.wrote(end)
+            return written
+
+        return await self.run(handle, Op.WRITE, offset, len(data), attempt)
+
+    async def truncate(self, handle: Handle, size: int) -> None:
+        """Change the image's size through *handle*."""
+        await self.resize(handle, size, lambda: handle.backing.truncate(size))
+
+    async def resize(self, handle: Handle, size: int, work: Callable[[], T]) -> T:
+        """Run *work*, which changes the image's size to *size*, in its place in the order."""
+        image = handle.image
+
+        async def attempt(request: Request) -> T:
+            image.resizing(size)
+            result = await self._fly_writing(handle, request, size, math.inf, work)
+            image.resizing(size)
+            image.truncated(size)
+            return result
+
+        return await self.run(handle, Op.WRITE, size, 0, attempt, end=math.inf)
+
+    async def sync(self, handle: Handle, *, data_only: bool, ordered: bool = True) -> None:
+        """Make stable what was acknowledged before. Raises OSError when it was given up or its error is passed on."""
+        image = handle.image
+
+        async def attempt(request: Request) -> None:
+            # Any sync that begins from now on will do. They come one at a time, or one would use up the other's report.
+            wanted = image.syncs + 1
+            await self._wait(image, request, lambda: image.sync_in_flight and image.synced[data_only] < wanted)
+            if image.synced[data_only] >= wanted:
+                return
+            image.sync_in_flight = True
+            image.syncs = number = image.syncs + 1
+            try:
+                await self._sync(handle, request, data_only=data_only)
+                image.synced[True] = number
+                if not data_only:
+                    image.synced[False] = number
+            finally:
+                image.sync_in_flight = False
+                image.bystanders.unpark_all()
+
+        await self.run(handle, Op.FSYNC, 0, 0, attempt, ordered=ordered)
+
+    async def _sync(self, handle: Handle, request: Request, *, data_only: bool) -> None:
+        image, log_ = handle.image, handle.image.log
+        if log_.in_doubt:
+            await self._recover(handle, request, data_only=data_only)
+            return
+        mark, resizes = log_.mark(), image.resizes
+        backing = image.witness or handle.backing
+        size = await self._attempt(handle, request, lambda: backing.sync(data_only=data_only))
+        _synced(image, mark, resizes, size)
+
+    async def _recover(self, handle: Handle, request: Request, *, data_only: bool) -> None:
+        """A sync, after a report of a failed writeback may have been used up: open anew, write the log again, sync."""
+        image = handle.image
+        backing = image.witness or handle.backing
+        image.recovering = True  # from here on, a write that overlaps the log waits
+        try:
+            await self._wait(
+                image, request, lambda: any(image.log.overlapping(*bytes_) for bytes_ in image.writing.values())
+            )
+            doubts, mark, resizes = image.log.doubts, image.log.mark(), image.resizes
+            writes = image.log.to_rewrite()
+            renew = self._renewal(image, backing)
+
+            def work() -> int:
+                renew()
+                return backing.rewrite(writes, data_only=data_only)
+
+            size = await self._attempt(handle, request, work)
+            image.log.trust(doubts)
+            _synced(image, mark, resizes, size)
+        finally:
+            self._report_refusal(image, backing)
+            image.recovering = False
+            image.bystanders.unpark_all()
+        log.debug("%s: %d writes were written again, and synced", image.held.image, len(writes))
+
+    async def _wait(self, image: Image, request: Request, obstacle: Callable[[], bool]) -> None:
+        """Wait inside an attempt, before its system call, while there is an *obstacle*; until its deadline at most."""
+        while obstacle():
+            if request.deadline_s is not None and trio.current_time() >= request.deadline_s:
+                number = request.errno or self._policy.timeout_errno
+                raise OSError(number, os.strerror(number))
+            with trio.move_on_after(1):  # the deadline may be set, or an operator move it, while this waits
+                await image.bystanders.park()
+
+    async def run(
+        self,
+        handle: Handle,
+        op: Op,
+        offset: int,
+        length: int,
+        attempt: Callable[[Request], Awaitable[T]],
+        *,
+        end: float | None = None,
+        ordered: bool = True,
+    ) -> T:
         """Answer one request: the result of *attempt*, or OSError when it was given up or its error is passed on."""
         image = handle.image
         held = image.held
-        sent = 0  # attempts that were sent out; `request.attempts` counts those whose turn has come
-        request, step = held.arrive(op, offset, length, trio.current_time())
+        begun = 0  # attempts that were begun here; `request.attempts` counts those whose turn has come
+        request, step = held.arrive(op, offset, length, trio.current_time(), end=end, ordered=ordered)
         try:
             while True:
                 self._apply(image, step)
@@ -141,9 +347,9 @@ class Requests:
                     await self._next_state(request)
                 if request.answer is not None:
                     raise OSError(request.answer, os.strerror(request.answer))
-                sent += 1
+                begun += 1
                 try:
-                    result = await self._attempt(handle, request, attempt)
+                    result = await attempt(request)
                 except Abandoned:
                     step = Step()
                 except OSError as error:
@@ -151,6 +357,8 @@ class Requests:
                         "%s: %s of %d bytes at %d, attempt %d: %s",
                         held.image, op, length, offset, request.attempts, error,
                     )  # fmt: skip
+                    if op is Op.FSYNC or (op is Op.WRITE and error.errno in self._may_use_up):
+                        image.log.doubt()
                     step = held.failed(request, error.errno or errno.EIO, trio.current_time())
                 else:
                     step = held.succeeded(request, trio.current_time())
@@ -159,33 +367,96 @@ class Requests:
                         return result
         except BaseException:
             # The answer, a bug, or the end of the server. An attempt in its thread reports itself; one whose turn came and
-            # that was not sent out (its read was given up before this task ran again) does not.
-            self._apply(image, held.cancelled(request, trio.current_time(), returned=request.attempts > sent))
+            # that was not begun (its read was given up before this task ran again) does not.
+            returned = request.attempts > begun or (request.state is State.TRYING and request not in self._aloft)
+            self._apply(image, held.cancelled(request, trio.current_time(), returned=returned))
             raise
 
-    async def _attempt(self, handle: Handle, request: Request, attempt: Callable[[], T]) -> T:
+    async def _fly_writing(self, handle: Handle, request: Request, start: int, end: float, work: Callable[[], T]) -> T:
+        """`_fly` for what changes these bytes: not while they are written again from the log, nor before the storage answers."""
+        image = handle.image
+        await self._wait(image, request, lambda: image.recovering and bool(image.log.overlapping(start, end)))
+        image.writing[request] = start, end
+        try:
+            if not image.held.fences.stand(start, end):
+                return await self._fly(handle, request, work)
+
+            def asked_before() -> T:
+                handle.backing.ask()
+                return work()
+
+            result = await self._fly(handle, request, asked_before)
+            image.held.fences.lift(request.started_s)
+            return result
+        finally:
+            del image.writing[request]
+            image.bystanders.unpark_all()
+
+    async def _fly(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
+        """Have *work* done in a thread; where *handle* seems to be dead, on a backing file that is opened anew."""
+        image, backing = handle.image, handle.backing
+        familiar = 1 if request.errno == errno.ESTALE else _FAMILIAR
+        if request.attempts <= familiar or trio.current_time() < backing.renewed_s + self._policy.interval_s / 2:
+            return await self._attempt(handle, request, work)
+        renew = self._renewal(image, backing)
+
+        def renewed_before() -> T:
+            renew()
+            return work()
+
+        try:
+            return await self._attempt(handle, request, renewed_before)
+        finally:
+            self._report_refusal(image, backing)
+
+    def _renewal(self, image: Image, backing: Backing) -> Callable[[], None]:
+        """What opens *backing* anew, in a thread; if that cannot be, the old description is tried again."""
+        backing.renewed_s = trio.current_time()
+        where = image.where(image.stable_size) if image.where else None
+        generation = backing.generation
+
+        def renew() -> None:
+            try:
+                backing.refusal = None
+                if where is not None:
+                    backing.renew(where, generation)
+            except OSError as error:
+                backing.refusal = error
+
+        return renew
+
+    def _report_refusal(self, image: Image, backing: Backing) -> None:
+        refusal = backing.refusal
+        if refusal is None or (refusal.errno in self._policy.errors and not isinstance(refusal, NotTheSame)):
+            return  # that the storage fails, everybody knows by now
+        text = refusal.strerror or str(refusal)
+        if text != image.refusal:
+            image.refusal = text
+            self._tell(image, ReopenRefused(image.held.image, text, trio.current_time()))
+
+    async def _attempt(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
         image = handle.image
 
         def late() -> None:
+            self._aloft.discard(request)
             handle.returned()
             self._apply(image, image.held.returned(trio.current_time()))
 
-        flight = Flight(attempt, late)
+        flight = Flight(work, late)
         request.wake = flight.abandon
         handle.in_use += 1
+        self._aloft.add(request)
         try:
             result = await flight.land()
         except (Abandoned, trio.Cancelled):
             raise  # the thread goes on: `late` will tell
-        except OSError:
+        except Exception:
+            self._aloft.discard(request)
             handle.returned()
-            raise
-        except Exception:  # a bug: this request's end, and no other's (P11)
-            handle.returned()
-            self._apply(image, image.held.cancelled(request, trio.current_time(), returned=True))
             raise
         finally:
             request.wake = None  # the rehandle list may remember the request for a while, but not its data
+        self._aloft.discard(request)
         handle.returned()
         return result
 
@@ -206,6 +477,10 @@ class Requests:
 
     # ---- time and operators
 
+    def writes_in_flight(self) -> dict[str, int]:
+        """By image, how many attempts of writes are inside a system call."""
+        return {image.held.image: len(image.writing) for image in self.images.values() if image.writing}
+
     def hold_no_more(self) -> None:
         """The end of the server: answer what is held, and pass every later error on."""
         self.holding = False
@@ -215,12 +490,12 @@ class Requests:
 
     def _apply(self, image: Image, step: Step) -> None:
         """Do what a decision says: tell the listeners, wake the requests, set the timer, send the probe."""
+        if image.log.full == image.held.room:
+            more = image.held.set_room(trio.current_time(), room=not image.log.full)
+            step.events += more.events
+            step.woken += more.woken
         for event in step.events:
-            for listener in self._listeners:
-                try:
-                    listener(event)
-                except Exception:  # whoever looks on must not keep a request from being woken
-                    log.exception("%s: a listener failed at %s", image.held.image, event)
+            self._tell(image, event)
         for request in step.woken:
             if request.wake is not None:
                 request.wake()
@@ -232,8 +507,31 @@ class Requests:
         elif image.timer is not None:
             image.timer.cancel()
             image.timer = None
+        if image.log.sync_is_due and not (image.syncing or image.held.timed_out) and self._nursery is not None:
+            image.syncing = True
+            self._nursery.start_soon(self._sync_by_itself, image, name=f"sync of {image.held.image}")
         if step.probe and self._nursery is not None:
             self._nursery.start_soon(self._probe, image, name=f"probe of {image.held.image}")
+
+    def _tell(self, image: Image, event: Event) -> None:
+        if isinstance(event, HangEnded):
+            image.refusal = ""
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:  # whoever looks on must not keep a request from being woken
+                log.exception("%s: a listener failed at %s", image.held.image, event)
+
+    async def _sync_by_itself(self, image: Image) -> None:
+        """The write log is half full. Consumers wait for this only where it is full."""
+        try:
+            # Not in order: a write before it in line may be waiting for the room that this makes.
+            await self.sync(next(iter(image.handles.values())), data_only=True, ordered=False)
+        except Exception as error:  # noqa: BLE001 - a sync that nobody asked for has nobody to tell; the log keeps all
+            log.debug("%s: the server's own sync: %s", image.held.image, error)
+            await trio.sleep(self._policy.interval_s)
+        image.syncing = False
+        self._apply(image, Step())
 
     async def _keep_time(self, image: Image, scope: trio.CancelScope) -> None:
         """The timer of one sick image. `_apply` moves its deadline, and replaces or ends it."""
@@ -257,16 +555,27 @@ class Requests:
         success = False
         handle = max(image.handles.values(), key=lambda h: h.readable, default=None)
         if handle is not None:
-            backing, offset = handle.backing, image.held.offset
+            backing, offset, readable = handle.backing, image.held.offset, handle.readable
+            renew = self._renewal(image, backing)
+
+            def work() -> object:
+                renew()  # all its descriptors may be dead, and whoever comes is answered without a second attempt
+                return backing.read(offset, 512) if readable else backing.sync(data_only=True)
+
             handle.in_use += 1
             try:
-                if handle.readable:
-                    await Flight(lambda: backing.read(offset, 512), handle.returned).land()
-                else:
-                    await Flight(lambda: backing.sync(data_only=True), handle.returned).land()
+                await Flight(work, handle.returned).land()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is no sign that the image works
+                image.log.doubt()
                 log.debug("%s: probe at %d: %s", image.held.image, offset, error)
             else:
                 success = True
             handle.returned()
         self._apply(image, image.held.probed(started_s, trio.current_time(), success=success))
+
+
+def _synced(image: Image, mark: int, resizes: int, size: int) -> None:
+    """A sync has succeeded that began at *mark*; the file had *size* bytes then."""
+    image.log.release(mark)
+    if image.resizes == resizes:
+        image.stable_size = size

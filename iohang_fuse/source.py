@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import fcntl
 import os
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 RENAME_EXCHANGE = 2  # linux/fs.h
 _FMODE_EXEC = 0x20  # linux/fs.h: open for execve(2); the kernel passes it on in FUSE's open flags
 
-# Direct I/O without alignment, answered when the server has the data: NFS also commits before it answers (see
-# nfs_direct_write_completion), the others are asked to by O_DSYNC. Elsewhere (ext4, xfs) it would need aligned memory.
-_DIRECT_AND_STABLE = frozenset({syscalls.NFS_SUPER_MAGIC})
+# Direct I/O without alignment. Elsewhere (ext4, xfs) it would need aligned memory.
 _DIRECT = frozenset({
     syscalls.NFS_SUPER_MAGIC,
     syscalls.FUSE_SUPER_MAGIC,
@@ -38,15 +35,9 @@ _DIRECT = frozenset({
     syscalls.SMB2_SUPER_MAGIC,
     syscalls.CEPH_SUPER_MAGIC,
 })  # fmt: skip
+# Of these, NFS has committed a direct write before it answers (nfs_direct_write_completion); the others may not have.
+_DIRECT_AND_STABLE = frozenset({syscalls.NFS_SUPER_MAGIC})
 _KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
-
-
-class Stability(enum.Enum):
-    """When a write on a backing file is answered."""
-
-    DIRECT = enum.auto()  # stable, past the page cache where SOURCE takes that unaligned
-    SYNCHRONOUS = enum.auto()  # stable, through the page cache
-    LAZY = enum.auto()  # left to a later fsync: for a source that is a test's, not a guest's
 
 
 class Caller(NamedTuple):
@@ -336,46 +327,57 @@ def remove_xattr(fd: int, name: bytes, caller: Caller) -> None:
 
 
 class Opened(NamedTuple):
-    """A data descriptor, and the flags with which another one like it is opened (None: this one serves all writes)."""
+    """A data descriptor, the flags with which it is opened anew, and whether what was written through it needs no sync."""
 
     fd: int
-    spare_flags: int | None
+    flags: int
+    stable: bool
 
 
-def open_data(fd: int, flags: int, caller: Caller, stability: Stability) -> Opened:
-    """Open a regular file for data so that the result of every write is final.
+class Where(NamedTuple):
+    """How to find a backing file that is open, by its name: *root* is SOURCE as the operator has named it.
 
-    An fsync on Linux reports a failed writeback once and then forgets it. So nothing is ever left to writeback: a write
-    goes past the page cache (O_DIRECT) where SOURCE takes it unaligned, and is synchronous (O_DSYNC) where that alone does
-    not make it stable.
+    *path* is None for a file that has lost its name. *number*, *handle* (empty: unknown) and *size* are what the file must
+    have to be the same: the size that is known to be stable, because growth that was lost in writeback will come again.
     """
+
+    root: str
+    path: bytes | None
+    number: int
+    handle: bytes
+    size: int
+
+
+class NotTheSame(OSError):
+    """What has the file's name now is not the file."""
+
+
+def open_data(fd: int, flags: int, caller: Caller, *, direct: bool) -> Opened:
+    """Open a regular file for data, with the consumer's own O_SYNC, O_DSYNC and (if *direct*, where it works) O_DIRECT."""
     attributes = os.fstat(fd)
     if not stat.S_ISREG(attributes.st_mode):  # the kernel opens FIFOs and devices itself: only a race can lead here
         raise OSError(errno.EINVAL, "not a regular file")
     kept = flags & _KEPT_FLAGS | os.O_CLOEXEC
-    backing = _backing_flags(fd, stability)
     path = by_descriptor(fd)
     with acting_as(caller):
-        # First as asked, with O_TRUNC once: what follows must not truncate again.
         if flags & _FMODE_EXEC:  # the kernel's own check is content with a right that others have
             syscalls.access(path, os.X_OK)
         try:
-            data = os.open(path, kept | (flags & os.O_TRUNC) | (backing & os.O_DSYNC))
+            data = os.open(path, kept | (flags & os.O_TRUNC))
         except PermissionError:
             if not flags & _FMODE_EXEC:
                 raise
             data = -1
     if data < 0:  # execve(2) of a file that may be executed but not read: the kernel reads it, not the caller
-        data = os.open(path, kept | (backing & os.O_DSYNC))
-    return _make_final(data, kept, backing)
+        data = os.open(path, kept)
+    return _opened(data, kept, direct=direct and bool(flags & os.O_DIRECT))
 
 
 def create_data(
-    directory: int, name: bytes, mode: int, flags: int, caller: Caller, stability: Stability
+    directory: int, name: bytes, mode: int, flags: int, caller: Caller, *, direct: bool
 ) -> tuple[Opened, Found]:
     """Create (or, without O_EXCL, open) a regular file for data, as `open_data`."""
     kept = flags & _KEPT_FLAGS | os.O_CLOEXEC
-    backing = _backing_flags(directory, stability)
     with acting_as(caller):
         data = os.open(
             name,
@@ -383,8 +385,7 @@ def create_data(
             | os.O_CREAT
             | os.O_NOFOLLOW
             | os.O_NONBLOCK  # a FIFO that got in between must not stop this thread
-            | (flags & (os.O_EXCL | os.O_TRUNC))
-            | (backing & os.O_DSYNC),
+            | (flags & (os.O_EXCL | os.O_TRUNC)),
             stat.S_IMODE(mode),
             dir_fd=directory,
         )
@@ -396,37 +397,87 @@ def create_data(
     except BaseException:
         os.close(data)
         raise
-    return _make_final(data, kept, backing), found
+    return _opened(data, kept, direct=direct and bool(flags & os.O_DIRECT)), found
 
 
-def _backing_flags(fd: int, stability: Stability) -> int:
-    if stability is Stability.LAZY:
-        return 0
-    magic = syscalls.file_system_magic(fd)
-    if stability is Stability.DIRECT and magic in _DIRECT:
-        return os.O_DIRECT | (0 if magic in _DIRECT_AND_STABLE else os.O_DSYNC)
-    return os.O_DSYNC
+def _opened(data: int, kept: int, *, direct: bool) -> Opened:
+    """With direct I/O where it is wanted and had.
 
-
-def _make_final(data: int, kept: int, backing: int) -> Opened:
-    """Switch direct I/O on, or fall back to O_DSYNC where SOURCE refuses it (a FUSE file system may).
-
-    Afterwards and with fcntl(2): a refused open(2) would already have created or truncated the file.
+    It is switched on with fcntl(2), because an open(2) that a FUSE file system refuses may already have truncated the file.
     """
-    if backing & os.O_DIRECT:
+    magic = syscalls.file_system_magic(data)
+    if direct and magic in _DIRECT:
         try:
             fcntl.fcntl(data, fcntl.F_SETFL, fcntl.fcntl(data, fcntl.F_GETFL) | os.O_DIRECT)
+            kept |= os.O_DIRECT
         except OSError:
-            backing = backing & ~os.O_DIRECT | os.O_DSYNC
-            if not kept & os.O_DSYNC:
-                data = _reopen_synchronous(data, kept)
-    if kept & os.O_ACCMODE == os.O_RDONLY or not backing & os.O_DSYNC:
-        return Opened(data, None)
-    return Opened(data, kept | backing)
+            pass
+    stable = bool(kept & os.O_DSYNC) or (bool(kept & os.O_DIRECT) and magic in _DIRECT_AND_STABLE)
+    return Opened(data, kept, stable)
 
 
-def _reopen_synchronous(data: int, kept: int) -> int:
+def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:
+    """One more open file description of the file behind *fd*, which may be dead: by its name, or else through *fd* itself.
+
+    By its name first, because a handle that has gone stale, or a file system that was unmounted, does not come back. Raises
+    the reason why it cannot be had by its name if it cannot be had through *fd* either.
+    """
     try:
-        return os.open(by_descriptor(data), kept | os.O_DSYNC)
+        found = find_again(where)
+    except OSError as error:
+        try:
+            return open_same(fd, flags, opener)
+        except OSError:
+            raise error from None
+    try:
+        return open_same(found.fd, flags, opener)
     finally:
-        os.close(data)
+        os.close(found.fd)
+
+
+def open_same(fd: int, flags: int, opener: Caller) -> int:
+    """One more open file description of the very file of *fd*."""
+    path = by_descriptor(fd)
+    try:
+        with acting_as(opener):
+            return os.open(path, flags)
+    except PermissionError:  # its user may since have taken the right from himself; who has it open keeps it
+        return os.open(path, flags)
+
+
+def find_again(where: Where) -> Found:
+    """The file by its name. Raises `NotTheSame` with the reason, or what looking for it did."""
+    if where.path is None:
+        raise NotTheSame(errno.ESTALE, "it has no name any more")
+    fd = os.open(where.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in where.path.split(b"/"):
+            below = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = below
+    except BaseException:
+        os.close(fd)
+        raise
+    found = identify(fd)
+    why = _not_the_same(found, where)
+    if why:
+        os.close(found.fd)
+        raise NotTheSame(errno.ESTALE, why)
+    return found
+
+
+def _not_the_same(found: Found, where: Where) -> str:
+    """Why *found* must not be taken for the file of *where*; empty if it may.
+
+    The device is not compared: a file system that is mounted anew has another. Its handle has the generation of an inode
+    number that is used again.
+    """
+    if not stat.S_ISREG(found.stat.st_mode):
+        return "its name is now that of something else than a file"
+    if found.stat.st_ino != where.number:
+        return f"its name is now that of another file (inode {found.stat.st_ino}, and it was {where.number})"
+    if found.key.handle and where.handle and found.key.handle != where.handle:
+        return "its name is now that of a new file with the same inode number"
+    if found.stat.st_size < where.size:
+        return f"its name is now that of a shorter file ({found.stat.st_size} bytes, and {where.size} were safe)"
+    return ""

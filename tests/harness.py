@@ -113,11 +113,29 @@ class FlakySource(Server):
     """The shipped flaky source: mirrors *directory* at *mountpoint* and fails as its trigger file says.
 
     `flaky.fail("write,fsync *.img errno=EIO")`, `flaky.fail("read a.img hang", "write * delay=0.5")`, `flaky.heal()`.
+    With *page_cache*, `flaky.fail("writeback *.img errno=EIO")` loses what was written, as Linux does.
     """
 
-    def __init__(self, directory: Path, mountpoint: Path, trigger: Path, log: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        mountpoint: Path,
+        trigger: Path,
+        log: Path,
+        *,
+        page_cache: bool = False,
+        writeback_every_s: float | None = None,
+        seed: int | None = None,
+    ) -> None:
         self.trigger = trigger
-        super().__init__(["iohang_fuse.flaky", str(directory), str(mountpoint), str(trigger)], mountpoint, log)
+        arguments = ["iohang_fuse.flaky", str(directory), str(mountpoint), str(trigger)]
+        if page_cache:
+            arguments.append("--page-cache")
+        if writeback_every_s is not None:
+            arguments += ["--writeback-every", str(writeback_every_s)]
+        if seed is not None:
+            arguments += ["--seed", str(seed)]
+        super().__init__(arguments, mountpoint, log)
 
     def fail(self, *rules: str) -> None:
         """Put *rules* in force at once: `OPERATIONS PATTERN ACTION...`, one a line."""

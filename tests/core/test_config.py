@@ -362,7 +362,17 @@ def test_what_has_not_landed_is_not_silently_ignored(yaml) -> None:
         key, value = option.split("=")
         assert problem(option).startswith(f"option {key}: this version does not have '{value}' yet; say ")
         assert f":1: {key}: this version does not" in problem(file=yaml(f"{key}: {value}"))
-    assert "already on stable storage, so there is no write log yet" in problem("write_log=64M")
+
+
+def test_write_log() -> None:
+    """At least FUSE's largest write, or one could never be let in; a size, as any other."""
+    assert settings().write_log_bytes == 64 << 20
+    assert settings("write_log=1M").write_log_bytes == 1 << 20
+    for wrong in ("0", "1023K", "4096"):
+        assert problem(f"write_log={wrong}") == (
+            f"option write_log: '{wrong}' is less than one large write; say 1M or more"
+        )
+    assert "is no size" in problem("write_log=many")
 
 
 # ---- the file

@@ -392,15 +392,15 @@ def test_without_holding_errors_are_passed_on() -> None:
 def test_an_image_timed_out_without_a_hang_leaves_nobody_waiting() -> None:
     """P8: a request whose deadline comes from an earlier hang may be the first given up: what waits then has its deadline."""
     held = RehandleList("disk.img", policy(1, share=2, recovery_gate=1), HeldBytes(10**6))
-    first, _ = held.arrive(Op.WRITE, 0, 512, 100)
+    first, _ = held.arrive(Op.WRITE, 1048576, 512, 100)
     held.failed(first, EIO, 100)
-    healthy, _ = held.arrive(Op.READ, 0, 512, 100)
+    healthy, _ = held.arrive(Op.READ, 2097152, 512, 100)
     held.succeeded(healthy, 100.25)  # the gate opens: *first* tries again
-    held.arrive(Op.READ, 0, 512, 100.25)
-    late, _ = held.arrive(Op.FSYNC, 0, 0, 100.25)
+    held.arrive(Op.READ, 3145728, 512, 100.25)
+    late, _ = held.arrive(Op.FSYNC, 0, 0, 100.25, ordered=False)
     assert (late.state, late.held, late.deadline_s) == (State.WAITING, False, 101.25)
     held.succeeded(first, 100.5)  # the hang is over: *late* has its turn
-    waiting, _ = held.arrive(Op.READ, 0, 512, 100.5)
+    waiting, _ = held.arrive(Op.READ, 4194304, 512, 100.5)
     assert (waiting.state, waiting.deadline_s, held.sick) == (State.WAITING, None, False)
     assert [type(event) for event in held.failed(late, EIO, 103).events] == [TimedOut]
     assert (waiting.state, waiting.deadline_s, held.sick) == (State.WAITING, 104, True)
@@ -705,12 +705,12 @@ def test_blocked_writes_beyond_held_limit_are_a_hang_all_the_same() -> None:
 def test_a_request_with_a_deadline_from_an_earlier_hang_is_noticed_when_it_blocks() -> None:
     """P8: one that waited its turn in a hang that is over has a deadline already; blocking for ever is a hang nevertheless."""
     held = RehandleList("disk.img", policy(share=2, recovery_gate=1), HeldBytes(10**6))
-    first, _ = held.arrive(Op.WRITE, 0, 512, 100)
+    first, _ = held.arrive(Op.WRITE, 5242880, 512, 100)
     held.failed(first, EIO, 100)
-    healthy, _ = held.arrive(Op.READ, 0, 512, 100)
+    healthy, _ = held.arrive(Op.READ, 6291456, 512, 100)
     held.succeeded(healthy, 100)  # the gate opens: *first* tries again
-    held.arrive(Op.WRITE, 0, 512, 100)
-    waited, _ = held.arrive(Op.READ, 0, 512, 100)
+    held.arrive(Op.WRITE, 7340032, 512, 100)
+    waited, _ = held.arrive(Op.READ, 8388608, 512, 100)
     held.succeeded(first, 101)  # the hang is over: *waited* has its turn
     assert (waited.state, waited.held, waited.deadline_s, held.sick) == (State.TRYING, False, 160, False)
     assert held.blocked(106)
@@ -768,7 +768,7 @@ def give_up_all(count: int) -> float:
     """Seconds of CPU for *count* requests that are given up in one tick."""
     world = World(storage=Storage(errno=fails_always))
     for _ in range(count):
-        request, _ = world.held.arrive(Op.READ, 0, 512, 100)
+        request, _ = world.held.arrive(Op.READ, 9437184, 512, 100)
         if request.state is State.TRYING:
             world.held.failed(request, EIO, 100)
     began_s = time.process_time()
@@ -799,7 +799,7 @@ def test_a_success_beside_many_stubborn_requests_is_cheap() -> None:
     looked_at = []
     held._ready_again = lambda request: looked_at.append(request) or True  # type: ignore[method-assign]
     for _ in range(100):
-        request, _ = held.arrive(Op.READ, 0, 512, world.now)
+        request, _ = held.arrive(Op.READ, 1 << 50, 512, world.now)
         held.succeeded(request, world.now)
     assert looked_at == []
 
@@ -844,7 +844,7 @@ def test_a_healthy_load_beside_a_long_hang_leaves_nothing_behind() -> None:
 def test_a_read_given_up_as_its_attempt_returns_is_counted_once(report: str) -> None:
     """P8: its attempt has returned, but its task has yet to run when the deadline passes: in_flight must not drift."""
     held = RehandleList("disk.img", policy(), HeldBytes(0))
-    read, _ = held.arrive(Op.READ, 0, 512, 100)
+    read, _ = held.arrive(Op.READ, 11534336, 512, 100)
     held.failed(read, EIO, 100)
     held.tick(105)
     assert read.state is State.TRYING
@@ -865,8 +865,8 @@ def test_a_read_given_up_as_its_attempt_returns_is_counted_once(report: str) -> 
 def test_a_cancelled_request_gives_its_place_to_the_next() -> None:
     """P11: a bug costs one request: those behind it go on."""
     held = RehandleList("disk.img", policy(share=1), HeldBytes(0))
-    first, _ = held.arrive(Op.READ, 0, 512, 100)
-    second, _ = held.arrive(Op.READ, 0, 512, 100)
+    first, _ = held.arrive(Op.READ, 12582912, 512, 100)
+    second, _ = held.arrive(Op.READ, 13631488, 512, 100)
     assert held.cancelled(first, 101, returned=True).woken == [second]
     assert held.cancelled(second, 102, returned=False).woken == []
     assert held.in_flight == 1

@@ -86,6 +86,8 @@ class Machine(RuleBasedStateMachine):
         self.first_wait_s: dict[int, float] = {}  # by seq: when it first failed, or joined a sick image
         self.probes: list[float] = []
         self.hanging = self.timed_out = False
+        self.apart = 0
+        self.places: dict[int, tuple[int, float, bool]] = {}  # by seq: first byte, end, whether it is ordered
         self.operator = False  # an operator ended something in this step
         self.limit_reported_s = -math.inf
 
@@ -140,9 +142,11 @@ class Machine(RuleBasedStateMachine):
         deadline_s = self.deadlines.get(request.seq, request.deadline_s)
         if errno is None and request.seq in self.flights:
             assert request.op is Op.READ, "P1, P5: a write or fsync is not given up while its attempt is in flight"
+        limit_reached = request.op is Op.WRITE and self.held_bytes.held + request.length > self.held_bytes.limit
+        if errno is None and limit_reached and not request.attempts:
+            return  # it waited for its turn in an image that hangs: its data may be held no more
         if errno is not None and request.answer == errno:
             passed_on = errno == EACCES or not self.held.holding or timeout_s == 0
-            limit_reached = request.op is Op.WRITE and self.held_bytes.held + request.length > self.held_bytes.limit
             if passed_on or limit_reached:
                 return
         if errno is not None and was_timed_out and request.answer == self.policy.timeout_errno:
@@ -160,14 +164,26 @@ class Machine(RuleBasedStateMachine):
 
     # ---- rules: requests and attempts
 
-    @rule(op=st.sampled_from([*Op]), length=st.sampled_from([0, 1, 2]), count=st.integers(1, 8))
-    def arrive(self, op: Op, length: int, count: int) -> None:
-        """New requests."""
+    @rule(
+        op=st.sampled_from([*Op]),
+        place=st.sampled_from([(0, 1), (1, 1), (0, 2), (2, 2), (3, math.inf)]),
+        apart=st.booleans(),
+        count=st.integers(1, 8),
+    )
+    def arrive(self, op: Op, place: tuple[int, float], apart: bool, count: int) -> None:  # noqa: FBT001
+        """New requests: on top of each other, or *apart* from all; a write to infinity is a change of size."""
+        first, length = place
         for _ in range(count):
-            request, step = self.held.arrive(op, 0, length, self.now)
+            self.apart += 10 * apart
+            at = self.apart + first
+            size = 0 if length == math.inf or op is Op.FSYNC else int(length)
+            end = math.inf if length == math.inf and op is Op.WRITE else None
+            ordered = not (op is Op.FSYNC and apart)
+            request, step = self.held.arrive(op, at, size, self.now, end=end, ordered=ordered)
             self.live[request.seq] = request
+            self.places[request.seq] = (at, at + size if end is None else end, ordered)
             assert set(map(id, step.woken)) <= {id(request)}, "nothing else was waiting for this"
-            self.take(step, request)
+            self.take(step, request if request.state is State.TRYING else None)
             self.check_deadlines()
 
     @precondition(lambda self: self.flights)
@@ -283,7 +299,7 @@ class Machine(RuleBasedStateMachine):
     def retry(self) -> None:
         """io-hang-retry."""
         self.take(self.held.retry(self.now))
-        in_queue = {id(request) for _, _, request in self.held._ready}
+        in_queue = {id(request) for request in self.held._unstarted()}
         assert all(id(r) in in_queue for r in self.live.values() if r.state is State.WAITING)
 
     @rule()
@@ -298,6 +314,11 @@ class Machine(RuleBasedStateMachine):
             assert not left
             for request in self.live.values():
                 self.deadlines[request.seq] = self.now  # an operator's word does move a deadline
+
+    @rule(room=st.booleans())
+    def the_write_log_fills_or_empties(self, room: bool) -> None:  # noqa: FBT001 - hypothesis calls it
+        """P10: writes wait while the write log is full, and nothing else does."""
+        self.take(self.held.set_room(self.now, room=room))
 
     @rule(holding=st.booleans())
     def hold(self, holding: bool) -> None:  # noqa: FBT001 - hypothesis calls it
@@ -334,6 +355,20 @@ class Machine(RuleBasedStateMachine):
         assert {r.seq for r in waiting} | {r.seq for r in trying} == set(self.live)
         assert len(waiting) + len(trying) == len(self.live) == self.held._live
         assert all(request.seq in self.flights for request in trying)
+
+    @invariant()
+    def the_order_is_kept(self) -> None:
+        """P4: what overlaps an earlier write that is not over waits for it, an fsync for all earlier ones; nothing else waits."""
+        for seq, request in self.live.items():
+            first, end, ordered = self.places[seq]
+            waits = ordered and any(
+                other.op is Op.WRITE
+                and earlier < seq
+                and (request.op is Op.FSYNC or (self.places[earlier][0] < end and first < self.places[earlier][1]))
+                for earlier, other in self.live.items()
+            )
+            assert (seq in self.held._behind) == waits
+            assert not (waits and request.attempts)
 
     @invariant()
     def deadlines_stay(self) -> None:
@@ -385,7 +420,7 @@ class Machine(RuleBasedStateMachine):
     def queues_are_bounded(self) -> None:
         """P10: what has ended does not stay for long."""
         held = self.held
-        queued = len(held._ready) + len(held._idle) + len(held._stubborn)
+        queued = len(held._ready) + len(held._idle) + len(held._stubborn) + len(held._roomless)
         assert queued <= 2 * len(self.live) + 65
         assert len(held._deadlines) <= 2 * len(self.live) + 65
 
@@ -393,6 +428,7 @@ class Machine(RuleBasedStateMachine):
         """P8: once the storage is back, every request finishes within a bounded number of ticks, whatever went before."""
         if not hasattr(self, "held"):
             return
+        self.the_write_log_fills_or_empties(room=True)
         rounds = len(self.live) // self.policy.tick_budget + len(self.live) + 3
         before = sum(self.attempts.values())
         waiting = len(self.live)

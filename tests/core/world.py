@@ -76,11 +76,16 @@ class World:
 
     def __post_init__(self) -> None:
         self.held = RehandleList("disk.img", self.policy, self.held_bytes)
+        self._arrived = 0
         self._landings: list[tuple[float, int, Request | float, int]] = []
 
-    def arrive(self, op: Op = Op.WRITE, length: int = 4096, offset: int = 0) -> Request:
-        """A new request now."""
-        request, step = self.held.arrive(op, offset, length, self.now)
+    def arrive(
+        self, op: Op = Op.WRITE, length: int = 4096, offset: int | None = None, *, ordered: bool = False
+    ) -> Request:
+        """A new request now, which no other overlaps unless *offset* says so; an fsync waits for writes if *ordered*."""
+        self._arrived += 1
+        at = self._arrived << 20 if offset is None else offset
+        request, step = self.held.arrive(op, at, length, self.now, ordered=ordered or op is not Op.FSYNC)
         self._begin(request)
         self.do(step)
         return request

@@ -317,6 +317,41 @@ def test_sigusr1_dumps(paths: tuple[Path, Path], tmp_path: Path) -> None:
             assert consumer.wait(10) == 0
 
 
+@pytest.mark.parametrize("insist", [False, True], ids=["until it returns", "third signal"])
+def test_sigterm_waits_for_a_write_in_a_system_call(paths: tuple[Path, Path], tmp_path: Path, *, insist: bool) -> None:
+    """P5: "a write is therefore never answered while an attempt is in flight"; SIGTERM says so, and a third one ends it all."""
+    source, mountpoint = paths
+    flaky_point = tmp_path / "flaky"
+    with (
+        FlakySource(source, flaky_point, tmp_path / "trigger", tmp_path / "flaky.log") as flaky,
+        Mount(flaky_point, mountpoint, "timeout=1", "blocked_after=0.5", log=tmp_path / "log") as mount,
+    ):
+        flaky.fail("write * hang")
+        with subprocess.Popen(
+            [sys.executable, "-c", f"open({str(mountpoint / 'file')!r}, 'r+b', 0).write(b'x')"],
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as consumer:
+            wait_until(lambda: "no answer from the storage" in mount.log_text(), what="the write to be held")
+            mount.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "in use by" in mount.log_text(), what="who holds it")
+            mount.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "1 writes are inside a system call" in mount.log_text(), what="the word about it")
+            assert "file (1)" in mount.log_text()
+            assert consumer.poll() is None
+            assert mount.process.poll() is None
+            if insist:
+                mount.process.send_signal(signal.SIGTERM)
+                assert consumer.wait(15) == 1
+            flaky.heal()
+            assert consumer.stderr is not None
+            said = consumer.stderr.read()
+            assert ("Error" in said) == insist
+            assert consumer.wait(15) == (1 if insist else 0)
+            mount.process.wait(15)
+    assert (source / "file").read_bytes().startswith(b"x")
+
+
 def test_vanished_request_does_not_stop_the_server(paths: tuple[Path, Path], tmp_path: Path) -> None:
     """Platform fact 8: a request that vanishes between poll and read leaves pyfuse3 in a blocking read.
 

@@ -14,7 +14,7 @@ import trio
 from iohang_fuse.engine import Abandoned, Backing
 from iohang_fuse.events import Op
 from iohang_fuse.requests import Handle, Requests
-from iohang_fuse.source import SERVER
+from iohang_fuse.source import SERVER, Opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +108,7 @@ class FakeBacking(Backing):
     """A backing file for the probe, on a `Storage`."""
 
     def __init__(self, storage: Storage) -> None:
-        super().__init__(-1, None, SERVER)
+        super().__init__(Opened(-1, 0, stable=True), SERVER)
         self.storage = storage
         self.syncs = 0
 
@@ -117,11 +117,12 @@ class FakeBacking(Backing):
         self.storage.attempt(("probe", offset))()
         return b"\0" * size
 
-    def sync(self, *, data_only: bool) -> None:
+    def sync(self, *, data_only: bool) -> int:
         """A probe of a write-only handle."""
         assert data_only
         self.syncs += 1
         self.storage.attempt("sync")()
+        return 0
 
     def close(self) -> None:
         """Nothing to close."""
@@ -136,15 +137,33 @@ class Shell:
     storage: Storage
     sky: Sky
     events: list[Event]
+    sent: int = 0
 
     @property
     def held(self) -> RehandleList:
         """The image's rehandle list."""
         return self.handle.image.held
 
-    async def run(self, op: Op = Op.WRITE, tag: object = None, *, offset: int = 0, length: int = 4096) -> object:
-        """One request, as a handler of filesystem.py would run it."""
-        return await self.requests.run(self.handle, op, offset, length, self.storage.attempt(tag))
+    async def run(
+        self, op: Op = Op.WRITE, tag: object = None, *, offset: int | None = None, length: int = 4096
+    ) -> object:
+        """One request on the scripted file. It overlaps no other, and waits for none, unless *offset* says so."""
+        self.sent += 1
+        at = self.sent << 20 if offset is None else offset
+        return await self.life(self.handle, op, self.storage.attempt(tag), at, length)
+
+    async def life(
+        self, handle: Handle, op: Op, work: Callable[[], object], offset: int = 0, length: int = 512
+    ) -> object:
+        """One request on *handle*, of which each attempt is *work*."""
+        return await self.requests.run(
+            handle,
+            op,
+            offset,
+            length,
+            lambda request: self.requests._fly(handle, request, work),
+            ordered=op is not Op.FSYNC,
+        )
 
     async def answer(self, op: Op = Op.WRITE, tag: object = None) -> tuple[float, int]:
         """When a request was answered, and with what: 0 or an errno."""

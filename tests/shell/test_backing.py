@@ -1,25 +1,28 @@
-"""`engine.Backing` on real files: whole answers (P6), and writes whose result is final (P3)."""
+"""`engine.Backing` on real files: whole answers (P6), and opening anew without ever taking another file for the same."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from iohang_fuse import engine
+from iohang_fuse import engine, source
 from iohang_fuse.engine import Backing
-from iohang_fuse.source import SERVER, Caller
+from iohang_fuse.source import SERVER, Caller, NotTheSame, Opened, Where, find_again, identify, open_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-DSYNC = os.O_RDWR | os.O_DSYNC | os.O_CLOEXEC
+PLAIN = os.O_RDWR | os.O_CLOEXEC
+DSYNC = PLAIN | os.O_DSYNC
 NOBODY = Caller(65534, 65534, os.getpid())
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 
@@ -35,8 +38,8 @@ def file(tmp_path: Path) -> Path:
 def opened(file: Path) -> Iterator[Callable[..., Backing]]:
     backings = []
 
-    def open_it(spare_flags: int | None = None, opener: Caller = SERVER) -> Backing:
-        backing = Backing(os.open(file, os.O_RDWR | os.O_CLOEXEC), spare_flags, opener)
+    def open_it(flags: int = PLAIN, opener: Caller = SERVER) -> Backing:
+        backing = Backing(Opened(os.open(file, flags), flags, stable=bool(flags & os.O_DSYNC)), opener)
         backings.append(backing)
         return backing
 
@@ -106,16 +109,16 @@ def test_a_read_that_fails_half_way_fails(opened: Callable[..., Backing], monkey
     assert calls == [0, 50]
 
 
-@pytest.mark.parametrize("spare_flags", [None, DSYNC])
+@pytest.mark.parametrize("flags", [PLAIN, DSYNC])
 @pytest.mark.parametrize("most", [1, 7, 100])
 def test_a_short_write_is_continued(
-    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch, most: int, spare_flags: int | None
+    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch, most: int, flags: int
 ) -> None:
     """P6: a short write is continued to the end of its data, each byte at its place."""
     monkeypatch.setattr(engine.os, "pwrite", short(os.pwrite, most))
     data = os.urandom(1000)
     before = file.read_bytes()
-    assert opened(spare_flags).write(50, data) == 1000
+    assert opened(flags).write(50, data) == 1000
     assert file.read_bytes() == before[:50] + data + before[1050:]
 
 
@@ -158,28 +161,28 @@ def test_a_write_that_failed_half_way_is_written_again_as_a_whole(
 
 
 def test_size_and_sync(opened: Callable[..., Backing], file: Path) -> None:
-    """Truncate changes the size, both ways; sync works with and without a spare."""
+    """Truncate changes the size, both ways; sync tells the size that is stable now."""
     for backing in (opened(), opened(DSYNC)):
         backing.truncate(10)
         assert file.stat().st_size == 10
         backing.truncate(100)
         assert file.stat().st_size == 100
-        backing.sync(data_only=True)
-        backing.sync(data_only=False)
+        assert backing.sync(data_only=True) == 100
+        assert backing.sync(data_only=False) == 100
 
 
 # ---- set-ID bits
 
 
 @as_root
-@pytest.mark.parametrize("spare_flags", [None, DSYNC])
+@pytest.mark.parametrize("flags", [PLAIN, DSYNC])
 @pytest.mark.parametrize("change", ["first write", "second write", "truncate"])
 def test_set_id_bits_go_when_another_user_writes(
-    opened: Callable[..., Backing], file: Path, change: str, spare_flags: int | None
+    opened: Callable[..., Backing], file: Path, change: str, flags: int
 ) -> None:
     """A write by a user without CAP_FSETID drops set-user-ID and set-group-ID bits; FUSE leaves that to us."""
     file.chmod(0o6777)
-    backing = opened(spare_flags, NOBODY)
+    backing = opened(flags, NOBODY)
     if change == "truncate":
         backing.truncate(5)
     else:
@@ -192,11 +195,11 @@ def test_set_id_bits_go_when_another_user_writes(
 
 
 @as_root
-@pytest.mark.parametrize("spare_flags", [None, DSYNC])
-def test_set_id_bits_stay_when_root_writes(opened: Callable[..., Backing], file: Path, spare_flags: int | None) -> None:
+@pytest.mark.parametrize("flags", [PLAIN, DSYNC])
+def test_set_id_bits_stay_when_root_writes(opened: Callable[..., Backing], file: Path, flags: int) -> None:
     """As on SOURCE itself."""
     file.chmod(0o6777)
-    opened(spare_flags).write(0, b"x")
+    opened(flags).write(0, b"x")
     assert stat.S_IMODE(file.stat().st_mode) == 0o6777
 
 
@@ -206,132 +209,238 @@ def open_as_server(file: Path) -> bool:
     return [ids[key].split()[3] for key in ("Uid", "Gid")] == ["0", "0"] and file.exists()
 
 
-# ---- spare descriptors
+# ---- O_DSYNC
 
 
-class Descriptions:
-    """Replaces pwrite: sees which descriptors are used at the same time, and fails where it is told to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-        self.in_use: list[int] = []
-        self.used: list[int] = []
-        self.shared = False
-        self.failing: set[int] = set()  # by number of the call, from 0
-        self._together = threading.Barrier(together) if together else None
-        self._lock = threading.Lock()
-        self._real = os.pwrite
-        monkeypatch.setattr(engine.os, "pwrite", self._pwrite)
-
-    def _pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        with self._lock:
-            number = len(self.used)
-            self.shared |= fd in self.in_use
-            self.in_use.append(fd)
-            self.used.append(fd)
-        try:
-            if self._together is not None:
-                self._together.wait(10)
-            if number in self.failing:
-                raise OSError(errno.EIO, "writeback failed")
-            return self._real(fd, data, offset)
-        finally:
-            with self._lock:
-                self.in_use.remove(fd)
-
-
-def test_writes_at_once_never_share_a_description(
+def test_synchronous_writes_come_one_at_a_time(
     opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P3: Linux reports a failed writeback once per description: of two writes on one, the second would be told it is safe."""
-    seen = Descriptions(monkeypatch, together=8)
-    backing = opened(DSYNC)
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(5):
-            assert [*pool.map(lambda n: backing.write(n * 10, b"0123456789"), range(8))] == [10] * 8
-    assert not seen.shared
-    assert len(set(seen.used)) == 8  # and they are used again
-    assert backing.fd not in seen.used
-    assert file.read_bytes()[:80] == b"0123456789" * 8
+    """P3: Linux reports a failed writeback once per description: of two writes at once, the second would be told it is safe."""
+    real, inside, most = os.pwrite, [], []
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        inside.append(fd)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.remove(fd)
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(engine.os, "pwrite", pwrite)
+    for flags, expected in ((DSYNC, 1), (PLAIN, 8)):
+        most.clear()
+        backing = opened(flags)
+        with ThreadPoolExecutor(8) as pool:
+            assert [*pool.map(lambda n, b=backing: b.write(n * 10, b"0123456789"), range(64))] == [10] * 64
+        assert (max(most) == 1) == (expected == 1)
+    assert file.read_bytes()[:640] == b"0123456789" * 64
 
 
-def test_after_a_failure_no_spare_is_used_again(
-    opened: Callable[..., Backing], monkeypatch: pytest.MonkeyPatch
+# ---- written again from the log
+
+
+def test_the_log_is_written_in_order_and_synced(
+    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P3: each description would report that same failure once more, to a write that has done nothing wrong."""
-    seen = Descriptions(monkeypatch, together=4)
-    backing = opened(DSYNC)
+    """P3: "write the log again in order, and sync again": short writes continued, the sync last, on the same description."""
+    calls: list[tuple[str, int]] = []
+    real, sync = os.pwrite, os.fdatasync
 
-    def write(offset: int) -> int:
-        try:
-            return backing.write(offset, b"x")
-        except OSError:
-            return -1
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        calls.append(("write", offset))
+        return real(fd, bytes(data)[:3], offset)
 
-    with ThreadPoolExecutor(4) as pool:
-        assert [*pool.map(write, range(4))] == [1] * 4
-        assert len(backing._spares) == 4
-        seen.failing = {5}  # one of the next four
-        assert sorted(pool.map(write, range(4))) == [-1, 1, 1, 1]
-    assert backing._spares == []
+    def fdatasync(fd: int) -> None:
+        calls.append(("sync", fd))
+        sync(fd)
+
+    monkeypatch.setattr(engine.os, "pwrite", pwrite)
+    monkeypatch.setattr(engine.os, "fdatasync", fdatasync)
+    backing = opened()
+    writes = [(0, b"old"), (4094, b"grown"), (1, memoryview(b"new..")[:3])]
+    assert backing.rewrite(writes, data_only=True) == 4099
+    assert [call for call, _ in calls] == ["write", "write", "write", "write", "sync"]
+    assert [offset for call, offset in calls if call == "write"] == [0, 4094, 4097, 1]
+    assert file.read_bytes()[:5] == b"onew\x04"
+    assert file.read_bytes()[4094:] == b"grown"
 
 
-def test_where_nobody_may_open_the_file_again_writes_take_turns(
-    opened: Callable[..., Backing], monkeypatch: pytest.MonkeyPatch
+# ---- opened anew
+
+
+def where(file: Path, size: int = 0, *, path: bytes | None = None) -> Where:
+    """What a node remembers of *file*."""
+    found = identify(os.open(file, os.O_PATH))
+    os.close(found.fd)
+    return Where(str(file.parent), path or os.fsencode(file.name), found.stat.st_ino, found.key.handle, size)
+
+
+def fd_of(backing: Backing) -> int:
+    return backing._now.fd
+
+
+def test_a_dead_descriptor_is_replaced(opened: Callable[..., Backing], file: Path) -> None:
+    """Section 4: "opens the file anew by its name": reads and writes go on, and the old description is closed."""
+    backing = opened()
+    old = fd_of(backing)
+    assert backing.renew(where(file), 0)
+    assert fd_of(backing) != old
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(old)
+    backing.write(0, b"anew")
+    assert backing.read(0, 4) == b"anew"
+
+
+def test_it_is_opened_anew_once_for_all_that_failed(opened: Callable[..., Backing], file: Path) -> None:
+    """Of many requests that failed on one description, the first opens the file anew, and the others use that."""
+    backing = opened()
+    assert backing.renew(where(file), backing.generation)
+    new = fd_of(backing)
+    assert not backing.renew(where(file), 0)
+    assert fd_of(backing) == new
+
+
+def test_an_attempt_keeps_its_description_to_the_end(
+    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P3: a file of mode 0444, made by its writer, on a source that refuses root, has one description: one write at a time."""
-    seen = Descriptions(monkeypatch, together=0)
-    backing = opened(DSYNC)
-    refused = []
+    """An attempt that is inside a system call when the file is opened anew must not find its number taken by another file."""
+    backing = opened()
+    inside, go_on = threading.Event(), threading.Event()
+    real = os.pread
 
-    def refuse(*_args: object, **_more: object) -> int:
-        refused.append(True)
-        raise PermissionError(errno.EACCES, "root_squash")
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        inside.set()
+        go_on.wait(10)
+        return real(fd, size, offset)
 
-    monkeypatch.setattr(engine.os, "open", refuse)
-    with ThreadPoolExecutor(8) as pool:
-        assert [*pool.map(lambda n: backing.write(n, b"x"), range(64))] == [1] * 64
+    monkeypatch.setattr(engine.os, "pread", pread)
+    old = fd_of(backing)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(backing.read, 0, 10)
+        inside.wait(10)
+        backing.renew(where(file), 0)
+        os.fstat(old)
+        go_on.set()
+        assert reading.result(10) == file.read_bytes()[:10]
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(old)
+
+
+@pytest.mark.parametrize("extra", [os.O_APPEND, os.O_TRUNC, os.O_CREAT | os.O_EXCL])
+def test_flags_of_the_open_do_not_survive(file: Path, extra: int) -> None:
+    """Section 4: "O_APPEND, O_CREAT, O_EXCL and O_TRUNC do not survive into a reopened one"."""
+    fd = os.open(file, os.O_PATH)
+    try:
+        before = file.read_bytes()
+        asked = extra & ~os.O_TRUNC | os.O_RDWR | os.O_DSYNC
+        backing = Backing(open_data(fd, asked, SERVER, direct=True), SERVER)
+    finally:
+        os.close(fd)
+    try:
+        backing.renew(where(file), 0)
+        flags = fcntl.fcntl(fd_of(backing), fcntl.F_GETFL)
+        assert not flags & (os.O_APPEND | os.O_TRUNC)
+        assert flags & os.O_DSYNC
+        assert file.read_bytes() == before
+    finally:
+        backing.close()
+
+
+def test_a_file_that_was_moved_is_found_through_its_descriptor(opened: Callable[..., Backing], file: Path) -> None:
+    """Its name is gone, or is another file's: the descriptor itself leads to the right one."""
+    backing = opened()
+    at = where(file)
+    file.rename(file.with_name("moved"))
+    file.write_bytes(b"another")
+    assert backing.renew(at, 0)
+    backing.write(0, b"mine")
+    assert file.read_bytes() == b"another"
+    assert file.with_name("moved").read_bytes()[:4] == b"mine"
+
+
+def another(file: Path) -> str:
+    file.rename(file.with_name("old"))
+    file.write_bytes(bytes(8192))
+    return "another file"
+
+
+def shorter(file: Path) -> str:
+    os.truncate(file, 4095)
+    return "shorter file"
+
+
+def a_directory(file: Path) -> str:
+    file.rename(file.with_name("old"))
+    file.mkdir()
+    return "something else"
+
+
+def a_link(file: Path) -> str:
+    file.rename(file.with_name("old"))
+    file.symlink_to("old")
+    return "something else"
+
+
+@pytest.mark.parametrize("change", [another, shorter, a_directory, a_link])
+def test_another_file_is_never_taken_for_the_same(
+    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], str]
+) -> None:
+    """Section 4: "goes on only if it is the same file (inode number, type, and a size that is not smaller...)"."""
+    backing = opened()
+    old = fd_of(backing)
+    at = where(file, 4096)
+    reason = change(file)
+    real = os.open
+
+    def dead(path: str | bytes, *args: object, **more: object) -> int:  # the descriptor leads nowhere, as after ESTALE
+        if path == f"/proc/self/fd/{old}":
+            raise OSError(errno.ESTALE, "stale")
+        return real(path, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(source.os, "open", dead)
+    with pytest.raises(NotTheSame, match=reason) as caught:
+        backing.renew(at, 0)
     monkeypatch.undo()
-    assert refused
-    assert set(seen.used) == {backing.fd}
-    assert not seen.shared
+    assert caught.value.errno == errno.ESTALE
+    assert fd_of(backing) == old
+    assert backing.generation == 0
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
-def test_without_a_descriptor_to_be_had_writes_take_turns(
-    opened: Callable[..., Backing], monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """P10: the process's limit of open files is no error of the guest's disk."""
-    backing = opened(DSYNC)
-
-    def none_left(*_args: object, **_more: object) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(engine.os, "open", none_left)
-    written = backing.write(0, b"x")
-    monkeypatch.undo()
-    assert written == 1
+def test_an_inode_number_that_is_used_again_is_another_file(opened: Callable[..., Backing], file: Path) -> None:
+    """The handle has the inode's generation: "an image that was replaced by another of the same name"."""
+    at = where(file)
+    if not at.handle:
+        pytest.skip("this file system has no handles")
+    with pytest.raises(NotTheSame, match="same inode number"):
+        find_again(at._replace(handle=bytes(len(at.handle))))
+    os.close(find_again(at).fd)
+    os.close(find_again(at._replace(handle=b"")).fd)
+    opened()
 
 
-def test_a_spare_that_cannot_be_opened_fails_the_write(
-    opened: Callable[..., Backing], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error of the storage is the attempt's error: transient or not, that is decided elsewhere."""
-    backing = opened(DSYNC)
-
-    def stale(*_args: object, **_more: object) -> int:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-    monkeypatch.setattr(engine.os, "open", stale)
-    with pytest.raises(OSError, match="Stale"):
-        backing.write(0, b"x")
-    monkeypatch.undo()
+def test_a_file_without_a_name_is_found_through_its_descriptor(opened: Callable[..., Backing], file: Path) -> None:
+    """An image that was unlinked while it is open."""
+    backing = opened()
+    at = where(file)._replace(path=None)
+    file.unlink()
+    assert backing.renew(at, 0)
+    backing.write(0, b"x")
+    assert backing.read(0, 1) == b"x"
 
 
-def test_every_spare_is_closed_though_closing_one_fails(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """P10: close(2) may report an error of the storage (NFS); the descriptor is gone, and the others must go too."""
-    backing = Backing(os.open(file, os.O_RDWR), DSYNC, SERVER)
-    extra = [os.open(file, os.O_RDWR) for _ in range(3)]
-    backing._spares.extend(extra)
+def test_no_link_on_the_way_is_followed(file: Path) -> None:
+    """What was a directory when the file was opened, and is a link to elsewhere now, does not lead to the file."""
+    elsewhere = file.parent / "elsewhere"
+    elsewhere.mkdir()
+    os.link(file, elsewhere / file.name)
+    (file.parent / "link").symlink_to("elsewhere")
+    with pytest.raises(OSError, match=r"Not a directory|loop"):
+        find_again(where(file, path=b"link/" + os.fsencode(file.name)))
+    os.close(find_again(where(file, path=b"elsewhere/" + os.fsencode(file.name))).fd)
+
+
+def test_closing_may_fail(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """close(2) may report an error of the storage (NFS); the descriptor is gone all the same."""
+    backing = Backing(Opened(os.open(file, PLAIN), PLAIN, stable=False), SERVER)
     real, closed = os.close, []
 
     def close(fd: int) -> None:
@@ -343,4 +452,4 @@ def test_every_spare_is_closed_though_closing_one_fails(file: Path, monkeypatch:
     with pytest.raises(OSError, match="close"):
         backing.close()
     monkeypatch.undo()
-    assert closed == [*extra, backing.fd]
+    assert closed == [fd_of(backing)]

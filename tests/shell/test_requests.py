@@ -88,7 +88,7 @@ async def test_a_request_is_given_up_at_its_deadline(start: Start, autojump_cloc
     assert await shell.answer(op, "late") == (pytest.approx(sent_s + 60), EIO)
     shell.storage.errno = 0
     await trio.sleep(100)
-    assert shell.storage.reached == [("probe", 0)]
+    assert shell.storage.reached == [("probe", 1 << 20)]
 
 
 async def test_a_write_in_flight_is_answered_when_it_returns(start: Start, autojump_clock: MockClock) -> None:
@@ -114,7 +114,7 @@ async def test_a_read_in_flight_is_given_up_and_its_thread_is_waited_for(
     await trio.sleep(0.1)  # the probe of that moment
     assert shell.held.in_flight == 1
     assert shell.handle.in_use == 1
-    backing = await shell.requests.released(shell.handle.number)
+    [backing] = await shell.requests.released(shell.handle.number)
     assert trio.current_time() == pytest.approx(sent_s + 500)
     assert backing is shell.handle.backing
     assert shell.held.in_flight == 0
@@ -128,7 +128,7 @@ async def test_an_error_without_a_number_is_an_input_output_error(start: Start, 
         raise OSError("no number")
 
     with pytest.raises(OSError, match="Input/output error") as caught:
-        await shell.requests.run(shell.handle, Op.READ, 0, 512, broken)
+        await shell.life(shell.handle, Op.READ, broken)
     assert caught.value.errno == EIO
     assert kinds(shell) == [HangBegan, TimedOut, HangEnded]
 
@@ -157,7 +157,7 @@ async def test_a_healthy_image_never_waits_for_a_sick_one(start: Start, autojump
     other = shell.requests.opened(8, "other.img", FakeBacking(Storage()), os.O_RDWR)
     began_s = trio.current_time()
     for _ in range(1000):
-        await shell.requests.run(other, Op.READ, 0, 512, Storage().attempt())
+        await shell.life(other, Op.READ, Storage().attempt())
     assert trio.current_time() == began_s
     assert sick == []
 
@@ -256,7 +256,7 @@ async def test_the_end_of_the_server_answers_what_is_held(start: Start, autojump
     assert await shell.answer() == (now, EIO)
     later = shell.requests.opened(9, "later.img", FakeBacking(shell.storage), os.O_RDWR)
     with pytest.raises(OSError, match="Input/output"):
-        await shell.requests.run(later, Op.READ, 0, 512, shell.storage.attempt())
+        await shell.life(later, Op.READ, shell.storage.attempt())
 
 
 async def test_a_read_given_up_between_its_turn_and_its_attempt(start: Start, autojump_clock: MockClock) -> None:
@@ -354,7 +354,7 @@ async def test_a_bug_costs_one_request(start: Start, autojump_clock: MockClock) 
 
     for _ in range(40):
         with pytest.raises(ValueError, match="a bug"):
-            await shell.requests.run(shell.handle, Op.WRITE, 0, 1, bug)
+            await shell.life(shell.handle, Op.WRITE, bug)
     assert await shell.run(Op.WRITE, "fine") == "fine"
     assert (shell.held.in_flight, shell.handle.in_use) == (0, 0)
 
@@ -368,7 +368,7 @@ async def test_a_bug_passes_its_turn_on(start: Start, autojump_clock: MockClock)
 
     async def one() -> None:
         with pytest.raises(ValueError, match="a bug"):
-            await shell.requests.run(shell.handle, Op.WRITE, 0, 1, bug)
+            await shell.life(shell.handle, Op.WRITE, bug)
 
     async with trio.open_nursery() as handlers:
         for _ in range(50):
@@ -438,7 +438,7 @@ async def test_an_answered_request_does_not_keep_its_data(start: Start, autojump
             shell.storage.attempt()()
             return len(data)
 
-        await shell.requests.run(shell.handle, Op.WRITE, 0, len(data), attempt)
+        await shell.life(shell.handle, Op.WRITE, attempt, len(alive) * 1000, len(data))
 
     async with trio.open_nursery() as handlers:
         for _ in range(20):
@@ -472,7 +472,7 @@ async def test_an_image_lives_from_its_first_open_to_its_last_close(start: Start
 
 def test_attributes_are_remembered_with_the_size_as_written() -> None:
     """Section 4: the attributes of an image are answered from memory while it hangs, and its size grows with writes."""
-    image = Image(7, "disk.img", policy(), HeldBytes(0))
+    image = Image(7, "disk.img", policy(), HeldBytes(0), 0)
     assert image.remembered() is None
     attributes = os.stat(__file__)
     image.saw(attributes)

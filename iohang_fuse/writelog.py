@@ -1,0 +1,197 @@
+"""Acknowledged writes of one image that are not known to be on stable storage (P3).
+
+1. Pure. The bytes are those of the request, never copied; an entry that a truncation has clipped shows less of them.
+2. A sync makes stable what was acknowledged before it began: `mark` then, `release` when it has succeeded.
+3. Linux reports a failed writeback once and then calls the pages clean (file_check_and_advance_wb_err in mm/filemap.c). So
+   once a report may have been used up the log is *in doubt*: no sync counts until the file has been opened anew, the log
+   written again in order, and all of it synced: `doubts` and `mark` before, `trust` and `release` afterwards.
+4. Until then the storage may have dropped what the consumer was told is written: whatever it reads is `overlay`ed.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from iohang_fuse.ordering import blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One acknowledged write: *data* at *start*."""
+
+    seq: int
+    start: int
+    data: bytes | memoryview
+    cost: int  # bytes of memory that it keeps
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.start + len(self.data)
+
+
+class WriteLog:
+    """The log of one image. *limit* in bytes: at half of it a sync is due, at all of it writers wait (P10)."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self.end = 0  # the end of the furthest entry
+        self.errors = 0  # how often `doubt` was called
+        self.doubts = 0
+        self._trusted = 0
+        self._seq = 0
+        self._entries: dict[int, Entry] = {}  # by seq, oldest first
+        self._blocks: dict[int, dict[int, Entry]] = {}  # by block, oldest first
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a plain sync proves nothing."""
+        return self.doubts > self._trusted
+
+    @property
+    def sync_is_due(self) -> bool:
+        """Whether the server has to sync by itself."""
+        return self.bytes * 2 > self.limit
+
+    @property
+    def full(self) -> bool:
+        """Whether writers have to wait."""
+        return 0 < self.limit <= self.bytes
+
+    def add(self, start: int, data: bytes, *, stable: bool, errors_before: int) -> None:
+        """A write is about to be acknowledged. *errors_before*: what `errors` was when its attempt began.
+
+        A *stable* one needs no entry, unless what is older might be written again on top of it.
+        """
+        if not self.limit or (stable and not self._entries and errors_before == self.errors):
+            return
+        self._seq += 1
+        entry = self._entries[self._seq] = Entry(self._seq, start, data, len(data))
+        for number in blocks(start, entry.end):
+            self._blocks.setdefault(number, {})[self._seq] = entry
+        self.bytes += entry.cost
+        self.end = max(self.end, entry.end)
+        if errors_before != self.errors:
+            self.doubts += 1  # an error in the meantime may have been about this one, too
+
+    def mark(self) -> int:
+        """What a sync that begins now is going to make stable."""
+        return self._seq
+
+    def release(self, mark: int) -> None:
+        """A sync that began at *mark* has succeeded."""
+        furthest = False
+        # A copy, because a dict from whose front entries vanish is searched through ever longer gaps.
+        for seq in [*self._entries]:
+            if seq > mark:
+                break
+            furthest |= self._remove(seq)
+        if furthest:
+            self.end = max((entry.end for entry in self._entries.values()), default=0)
+
+    def doubt(self) -> None:
+        """The report of a failed writeback may have been used up by an attempt that failed, or gone with its description."""
+        self.errors += 1
+        self.doubts += 1
+
+    def trust(self, doubts: int) -> None:
+        """All that was in the log when `doubts` was so has been written again, and synced."""
+        self._trusted = doubts
+
+    def truncate(self, size: int) -> None:
+        """The file was cut, or has grown, to *size*."""
+        if self.end > size:
+            for entry in [entry for entry in self._entries.values() if entry.end > size]:
+                if entry.start >= size:
+                    self._remove(entry.seq)
+                else:
+                    self._unindex(entry)
+                    entry.data = memoryview(entry.data)[: size - entry.start]
+                    for number in blocks(entry.start, size):
+                        self._blocks.setdefault(number, {})[entry.seq] = entry
+            self.end = max((entry.end for entry in self._entries.values()), default=0)
+
+    def clear(self) -> int:
+        """Nobody is left to whom these writes could be promised. Returns how many bytes they had."""
+        lost = sum(len(entry.data) for entry in self._entries.values())
+        self.release(self._seq)
+        self._trusted = self.doubts
+        return lost
+
+    def to_rewrite(self) -> list[tuple[int, bytes | memoryview]]:
+        """What has to be written again: (first byte, data), in the file's order, each byte as it was written last.
+
+        Only so: what an O_DSYNC write has made stable must not be older again, not even for a moment.
+        """
+        writes: list[tuple[int, bytes | memoryview]] = []
+        starts: list[int] = []  # of the ranges that are in it already, which do not touch each other
+        ends: list[int] = []
+        for entry in reversed(self._entries.values()):
+            first = bisect.bisect_left(ends, entry.start)
+            last = bisect.bisect_right(starts, entry.end)
+            at = entry.start
+            for low, high in (*zip(starts[first:last], ends[first:last], strict=True), (entry.end, entry.end)):
+                if at < low:
+                    writes.append((at, memoryview(entry.data)[at - entry.start : low - entry.start]))
+                at = max(at, high)
+            starts[first:last], ends[first:last] = (
+                [min(entry.start, *starts[first:last])] if first < last else [entry.start],
+                [max(entry.end, *ends[first:last])] if first < last else [entry.end],
+            )
+        writes.sort(key=lambda write: write[0])
+        return writes
+
+    def overlapping(self, start: int, end: float) -> list[Entry]:
+        """Entries that have a byte of the range, oldest first."""
+        if not self._entries or start >= self.end:
+            return []
+        found = {
+            entry
+            for number in blocks(start, min(end, self.end))
+            for entry in self._blocks.get(number, {}).values()
+            if entry.start < end and start < entry.end
+        }
+        return sorted(found, key=lambda entry: entry.seq)
+
+    def overlay(self, start: int, size: int, data: bytes, before: Sequence[Entry]) -> bytes:
+        """What a consumer has to get for a read of *size* bytes at *start* to which the storage has answered *data*.
+
+        *before* is what `overlapping` said when the read began: a sync may have released it since, while *data* is older.
+        """
+        now = self.overlapping(start, start + size)
+        have = len(data)
+        known = min(size, max(self.end - start, 0))  # so far does the file reach at least; there are zeros in its gaps
+        if not now and not before and known <= have:
+            return data
+        patched = bytearray(data)
+        for entry in (*before, *now):
+            known = max(known, min(size, entry.end - start))
+        patched.extend(bytes(max(known - have, 0)))
+        for entry in (*before, *now):
+            low, high = max(start, entry.start), min(start + size, entry.end)
+            if low < high:
+                patched[low - start : high - start] = entry.data[low - entry.start : high - entry.start]
+        return bytes(patched)
+
+    def _remove(self, seq: int) -> bool:
+        """Returns whether it was (one of) the furthest."""
+        entry = self._entries.pop(seq)
+        self._unindex(entry)
+        self.bytes -= entry.cost
+        return entry.end >= self.end
+
+    def _unindex(self, entry: Entry) -> None:
+        for number in blocks(entry.start, entry.end):
+            block = self._blocks[number]
+            del block[entry.seq]
+            if not block:
+                del self._blocks[number]
