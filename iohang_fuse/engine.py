@@ -80,6 +80,7 @@ class _Description:
         self.fd = fd
         self.users = 0
         self.replaced = False
+        self.closed = False
 
 
 class Backing:
@@ -93,7 +94,11 @@ class Backing:
     def __init__(self, opened: Opened, opener: Caller) -> None:
         self.stable = opened.stable  # whether a write that has returned needs no sync
         self.generation = 0  # how often it has been opened anew
-        self.renewed_s = -math.inf  # when that was last tried, and why it could not be had: the shell's
+        # The shell's: how often it has failed since it last worked, and with what; when opening it anew was last tried, and
+        # why it could not be had.
+        self.failures = 0
+        self.errno: int | None = None
+        self.renewed_s = -math.inf
         self.refusal: OSError | None = None
         self._flags = opened.flags
         self._opener = opener
@@ -106,13 +111,15 @@ class Backing:
     def _using(self) -> Iterator[int]:
         with self._lock:
             description = self._now
+            if description.closed:  # its number may be another file's by now
+                raise OSError(errno.ESTALE, "closed in the meantime")
             description.users += 1
         try:
             yield description.fd
         finally:
             with self._lock:
                 description.users -= 1
-                unused = description.replaced and not description.users
+                description.closed = unused = description.replaced and not description.users
             if unused:
                 _close_quietly(description.fd)
 
@@ -187,7 +194,7 @@ class Backing:
                 old, self._now = self._now, _Description(new)
                 self.generation += 1
                 old.replaced = True
-                unused = not old.users
+                old.closed = unused = not old.users
             if unused:
                 _close_quietly(old.fd)
             return True
@@ -199,7 +206,7 @@ class Backing:
         """
         with self._lock:
             self._now.replaced = True
-            unused = not self._now.users
+            self._now.closed = unused = not self._now.users
         if unused:
             os.close(self._now.fd)
 

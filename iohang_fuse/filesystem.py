@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import math
 import os
 import resource
 import stat
@@ -46,6 +47,9 @@ _ROOM_S = 0.002
 """How long an answer with a new node is put off while they are short. The kernel drops a name only between two requests
 for its directory: who asks it to must be waiting by the time we answer, or the requests outrun it."""
 _NOW_NS = 10_000_000_000  # how long a request that sets times to now may have waited for us
+_GONE = frozenset({errno.ESTALE, errno.ENOTCONN, errno.EIO})  # errors of a mount or handle that will not come back
+_SEARCH_EVERY_S = 1.0
+_GONE_FOR_S = 600.0  # after the last of them: how long a node's descriptor is taken for dead when it is looked up
 _CAPABILITY = b"security.capability"
 
 
@@ -104,6 +108,9 @@ class Filesystem(pyfuse3.Operations):
         self._entry_timeout_s = entry_timeout_s
         self._direct = direct
         self._source_path = source_path
+        self._magic = source.magic_of(root.fd)
+        self._searching = trio.Lock()
+        self._gone_s = self._searched_s = -math.inf
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
         self._limiter = trio.CapacityLimiter(METADATA_THREADS)
@@ -127,7 +134,38 @@ class Filesystem(pyfuse3.Operations):
     # ---- shared by the handlers
 
     async def _do(self, call: Callable[..., T], *args: Any) -> T:
+        try:
+            return await self._in_thread(call, *args)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            self._gone_s = trio.current_time()
+            if not await self._found_source_again():
+                raise
+        return await self._in_thread(call, *args)
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+
+    # SOURCE may be unmounted and mounted again beneath us, and its handles may go stale. Then the top directory is opened
+    # anew by its path, and every other node when its name is looked up, which the kernel does once it does not believe it
+    # any more. A new description takes over the old one's number, because other threads may be about to use that.
+
+    async def _found_source_again(self) -> bool:
+        """Whether the top directory has just been replaced by what is mounted at SOURCE's path now, if that is the same one."""
+        root = self._inodes[ROOT]
+        async with self._searching:
+            if trio.current_time() < self._searched_s + _SEARCH_EVERY_S:
+                return False
+            self._searched_s = trio.current_time()
+            try:
+                found = await self._in_thread(source.open_root, self._source_path)
+            except OSError:
+                return False
+            same = await self._in_thread(source.take_over, found, root.fd, root.key, self._magic)
+            if same:
+                self._inodes.mounted_anew(found.key)
+        return same
 
     async def _with_room(self, call: Callable[..., T], *args: Any) -> T:
         """`_do`, and again after a pause where descriptors have run out: the kernel is giving some back. Opens only."""
@@ -225,6 +263,10 @@ class Filesystem(pyfuse3.Operations):
             if entry is None:
                 raise
             return entry
+        if trio.current_time() < self._gone_s + _GONE_FOR_S and (known := self._inodes.named(parent_inode, name)):
+            await self._in_thread(
+                source.take_over, found._replace(fd=os.dup(found.fd)), known.fd, known.key, self._magic
+            )
         if self._crowded(_TIGHT) and found.key not in self._inodes:
             await trio.sleep(_ROOM_S)
         entry = self._looked_up(found, parent_inode, name)

@@ -22,7 +22,7 @@ _FOREIGN = 1 << 62
 
 
 class Key(NamedTuple):
-    """What makes two names the same file."""
+    """What makes two names the same file. *device* is 0 for SOURCE's own: mounted anew, it has another number."""
 
     device: int
     number: int
@@ -48,6 +48,7 @@ class Inodes:
 
     def __init__(self, root: Key, root_fd: int) -> None:
         self._device = root.device
+        root = self._own(root)
         self._next_foreign = _FOREIGN
         self._generation = 0
         node = Node(ROOT, 0, root, root_fd, lookups=1)
@@ -64,7 +65,11 @@ class Inodes:
 
     def __contains__(self, key: Key) -> bool:
         """Whether the kernel knows of an inode."""
-        return key in self._by_key
+        return self._own(key) in self._by_key
+
+    def mounted_anew(self, root: Key) -> None:
+        """SOURCE has been mounted anew: what is on its new device is what was on the old one."""
+        self._device = root.device
 
     def named(self, parent: int, name: bytes) -> Node | None:
         """The node that was last seen under *name*, if the kernel still knows it."""
@@ -72,6 +77,7 @@ class Inodes:
 
     def looked_up(self, key: Key, fd: int, parent: int, name: bytes) -> tuple[Node, bool]:
         """Count one lookup of *key* under *name*. The second value says whether *fd* is now the node's own."""
+        key = self._own(key)
         node = self._by_key.get(key)
         new = node is None
         if node is None:
@@ -149,9 +155,12 @@ class Inodes:
             if not (node.directory or node.asked or node.id == ROOT):
                 yield node
 
+    def _own(self, key: Key) -> Key:
+        return key._replace(device=0) if key.device == self._device else key
+
     def _free_id(self, key: Key) -> int:
         # The inode's own number where it is free, so that `ls -i` shows the same here as on SOURCE.
-        if key.device == self._device and ROOT < key.number < _FOREIGN and key.number not in self._by_id:
+        if key.device == 0 and ROOT < key.number < _FOREIGN and key.number not in self._by_id:
             return key.number
         self._next_foreign += 1
         return self._next_foreign

@@ -264,7 +264,7 @@ class _Server:
     async def _unmount(self, why: str, nursery: trio.Nursery, *, insist: bool) -> None:
         """The first unmounts, or says who is in the way; the second takes no no for an answer; the third does not wait (P8)."""
         if self._detached:
-            pyfuse3.terminate()
+            _end_now(nursery)
             return
         flags = syscalls.MNT_DETACH if insist else 0
         try:
@@ -296,22 +296,22 @@ class _Server:
         self._requests.hold_no_more()
         log.warning("%s again: %s is detached; held requests have their errors. Open files have %g s to be closed.",
                     why, self._mountpoint, _LAST_CLOSE_S)  # fmt: skip
-        nursery.start_soon(self._end)
+        nursery.start_soon(self._end, nursery)
 
-    async def _end(self) -> None:
+    async def _end(self, nursery: trio.Nursery) -> None:
         """Time for the last close, and as long as it takes for writes inside a system call: ending would answer them (P5)."""
         await trio.sleep(_LAST_CLOSE_S)
         while stuck := self._requests.writes_in_flight():
             log.warning(
-                "%d writes are inside a system call of SOURCE that has not returned: %s. They are answered when it does. Send the "
-                "signal once more to end without them: their consumers get an error, and the data may still reach the files.",
+                "%d writes or fsyncs are inside a system call of SOURCE that has not returned: %s. They are answered when it does. "
+                "Send the signal once more to end without them: their consumers get an error, and the data may still land.",
                 sum(stuck.values()), ", ".join(f"{name} ({count})" for name, count in stuck.items()),
             )  # fmt: skip
             for _ in range(round(_LAST_CLOSE_S)):
                 await trio.sleep(1)
                 if not self._requests.writes_in_flight():
                     break
-        pyfuse3.terminate()
+        _end_now(nursery)
 
     # ---- what the log gets
 
@@ -323,6 +323,11 @@ class _Server:
         """SIGUSR1: everything that waits, and where every task and thread is."""
         for line in diagnosis.dump(self._requests, trio.current_time()):
             log.info("%s", line)
+
+
+def _end_now(nursery: trio.Nursery) -> None:
+    pyfuse3.terminate()
+    nursery.cancel_scope.cancel()  # pyfuse3 would wait for each handler
 
 
 def _policy(config: Config) -> Policy:

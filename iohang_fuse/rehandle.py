@@ -387,6 +387,17 @@ class RehandleList:
             self._pump(now, step)
         return step
 
+    def no_room(self, errno: int, now: float) -> Step:
+        """There will be no room: the writes that wait for it are answered with *errno*, which the sync has met."""
+        step = Step()
+        while self._roomless:
+            request = self._roomless.popleft()
+            if request.state is State.WAITING:
+                self._pass_on(request, errno, now, step)
+                step.woken.append(request)
+        self._pump(now, step)
+        return step
+
     def closed(self, now: float) -> Step:
         """The image's last handle is closed: nobody is left to notice whether it works again."""
         step = Step()

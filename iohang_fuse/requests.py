@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_FAMILIAR = 2
-"""Attempts before the file is opened anew for the next one: the second failure shows that it may be the descriptor."""
+_FAILURES_OF_THE_DEAD = 2
+"""From the second failure on, it may be the descriptor: the next attempt opens the file anew. ESTALE says so itself."""
 
 
 class Image:
@@ -93,6 +93,12 @@ class Image:
                     if error.errno not in {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}:
                         raise
                     self.witness = writer  # who may open it no more, or nothing more: no reason to fail a write
+
+    def to_sync(self, handle: Handle) -> Backing | None:
+        """What a sync on *handle* has to sync. None if it was closed while its request waited, and nobody may write any more."""
+        if self.witness is None and handle.number not in self.handles:
+            return None
+        return self.witness or handle.backing
 
     def resizing(self, size: int) -> None:
         """A change of size is about to be tried."""
@@ -285,14 +291,15 @@ class Requests:
             await self._recover(handle, request, data_only=data_only)
             return
         mark, resizes = log_.mark(), image.resizes
-        backing = image.witness or handle.backing
+        backing = image.to_sync(handle)
+        if backing is None:
+            return
         size = await self._attempt(handle, request, lambda: backing.sync(data_only=data_only))
         _synced(image, mark, resizes, size)
 
     async def _recover(self, handle: Handle, request: Request, *, data_only: bool) -> None:
         """A sync, after a report of a failed writeback may have been used up: open anew, write the log again, sync."""
         image = handle.image
-        backing = image.witness or handle.backing
         image.recovering = True  # from here on, a write that overlaps the log waits
         try:
             await self._wait(
@@ -300,17 +307,22 @@ class Requests:
             )
             doubts, mark, resizes = image.log.doubts, image.log.mark(), image.resizes
             writes = image.log.to_rewrite()
+            backing = image.to_sync(handle)
+            if backing is None:
+                return
             renew = self._renewal(image, backing)
 
             def work() -> int:
                 renew()
                 return backing.rewrite(writes, data_only=data_only)
 
-            size = await self._attempt(handle, request, work)
+            try:
+                size = await self._attempt(handle, request, work)
+            finally:
+                self._report_refusal(image, backing)
             image.log.trust(doubts)
             _synced(image, mark, resizes, size)
         finally:
-            self._report_refusal(image, backing)
             image.recovering = False
             image.bystanders.unpark_all()
         log.debug("%s: %d writes were written again, and synced", image.held.image, len(writes))
@@ -395,19 +407,26 @@ class Requests:
     async def _fly(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
         """Have *work* done in a thread; where *handle* seems to be dead, on a backing file that is opened anew."""
         image, backing = handle.image, handle.backing
-        familiar = 1 if request.errno == errno.ESTALE else _FAMILIAR
-        if request.attempts <= familiar or trio.current_time() < backing.renewed_s + self._policy.interval_s / 2:
-            return await self._attempt(handle, request, work)
-        renew = self._renewal(image, backing)
+        seems_dead = backing.failures >= (1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD)
+        if not seems_dead or trio.current_time() < backing.renewed_s + self._policy.interval_s / 2:
+            attempt = work
+        else:
+            renew = self._renewal(image, backing)
 
-        def renewed_before() -> T:
-            renew()
-            return work()
+            def attempt() -> T:
+                renew()
+                return work()
 
         try:
-            return await self._attempt(handle, request, renewed_before)
+            result = await self._attempt(handle, request, attempt)
+        except OSError as error:
+            backing.failures += 1
+            backing.errno = error.errno
+            raise
         finally:
             self._report_refusal(image, backing)
+        backing.failures = 0
+        return result
 
     def _renewal(self, image: Image, backing: Backing) -> Callable[[], None]:
         """What opens *backing* anew, in a thread; if that cannot be, the old description is tried again."""
@@ -478,8 +497,12 @@ class Requests:
     # ---- time and operators
 
     def writes_in_flight(self) -> dict[str, int]:
-        """By image, how many attempts of writes are inside a system call."""
-        return {image.held.image: len(image.writing) for image in self.images.values() if image.writing}
+        """By image, how many attempts of writes and fsyncs are inside a system call."""
+        found = {
+            image.held.image: sum(request.op is not Op.READ for request in image.held.trying)
+            for image in self.images.values()
+        }
+        return {name: count for name, count in found.items() if count}
 
     def hold_no_more(self) -> None:
         """The end of the server: answer what is held, and pass every later error on."""
@@ -529,6 +552,10 @@ class Requests:
             await self.sync(next(iter(image.handles.values())), data_only=True, ordered=False)
         except Exception as error:  # noqa: BLE001 - a sync that nobody asked for has nobody to tell; the log keeps all
             log.debug("%s: the server's own sync: %s", image.held.image, error)
+            if image.log.full and not (image.held.sick and image.held.holding):
+                # A full disk, for example, or nothing is held any more: no outage to wait for the end of.
+                number = getattr(error, "errno", None) or errno.EIO
+                self._apply(image, image.held.no_room(number, trio.current_time()))
             await trio.sleep(self._policy.interval_s)
         image.syncing = False
         self._apply(image, Step())

@@ -128,6 +128,27 @@ def open_root(path: str) -> Found:
     return identify(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
+def magic_of(fd: int) -> int:
+    """The kind of file system."""
+    return syscalls.file_system_magic(fd)
+
+
+def take_over(found: Found, fd: int, key: Key, magic: int) -> bool:
+    """Let the descriptor number *fd* mean what *found* is, whose own is closed, if that is the same inode of the same kind.
+
+    With dup2(2): whoever is inside a system call on the old one goes on with that. Where SOURCE is not mounted there is an
+    empty directory in its place, which is not the same.
+    """
+    try:
+        handles_differ = found.key.handle and key.handle and found.key.handle != key.handle
+        if found.key.number != key.number or handles_differ or magic_of(found.fd) != magic:
+            return False
+        os.dup2(found.fd, fd, inheritable=False)
+    finally:
+        os.close(found.fd)
+    return True
+
+
 def lookup(directory: int, name: bytes, caller: Caller) -> Found:
     """The inode behind one *name*; a symlink is found itself. Raises ENOENT, EACCES, ENAMETOOLONG."""
     if name in {b".", b".."} or b"/" in name:

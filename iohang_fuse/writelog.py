@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """One acknowledged write: *data* at *start*."""
 
@@ -75,11 +75,8 @@ class WriteLog:
         if not self.limit or (stable and not self._entries and errors_before == self.errors):
             return
         self._seq += 1
-        entry = self._entries[self._seq] = Entry(self._seq, start, data, len(data))
-        for number in blocks(start, entry.end):
-            self._blocks.setdefault(number, {})[self._seq] = entry
-        self.bytes += entry.cost
-        self.end = max(self.end, entry.end)
+        self._put(Entry(self._seq, start, data, len(data)))
+        self.end = max(self.end, start + len(data))
         if errors_before != self.errors:
             self.doubts += 1  # an error in the meantime may have been about this one, too
 
@@ -110,14 +107,15 @@ class WriteLog:
     def truncate(self, size: int) -> None:
         """The file was cut, or has grown, to *size*."""
         if self.end > size:
+            clipped = False
             for entry in [entry for entry in self._entries.values() if entry.end > size]:
-                if entry.start >= size:
-                    self._remove(entry.seq)
-                else:
-                    self._unindex(entry)
-                    entry.data = memoryview(entry.data)[: size - entry.start]
-                    for number in blocks(entry.start, size):
-                        self._blocks.setdefault(number, {})[entry.seq] = entry
+                self._remove(entry.seq)
+                if entry.start < size:
+                    # A new one, because a read that is under way may have the old one in its hand; in the old one's place.
+                    self._put(Entry(entry.seq, entry.start, memoryview(entry.data)[: size - entry.start], entry.cost))
+                    clipped = True
+            if clipped:
+                self._entries = dict(sorted(self._entries.items()))
             self.end = max((entry.end for entry in self._entries.values()), default=0)
 
     def clear(self) -> int:
@@ -155,12 +153,12 @@ class WriteLog:
         if not self._entries or start >= self.end:
             return []
         found = {
-            entry
+            entry.seq: entry
             for number in blocks(start, min(end, self.end))
             for entry in self._blocks.get(number, {}).values()
             if entry.start < end and start < entry.end
         }
-        return sorted(found, key=lambda entry: entry.seq)
+        return [found[seq] for seq in sorted(found)]
 
     def overlay(self, start: int, size: int, data: bytes, before: Sequence[Entry]) -> bytes:
         """What a consumer has to get for a read of *size* bytes at *start* to which the storage has answered *data*.
@@ -181,6 +179,12 @@ class WriteLog:
             if low < high:
                 patched[low - start : high - start] = entry.data[low - entry.start : high - entry.start]
         return bytes(patched)
+
+    def _put(self, entry: Entry) -> None:
+        self._entries[entry.seq] = entry
+        self.bytes += entry.cost
+        for number in blocks(entry.start, entry.end):
+            self._blocks.setdefault(number, {})[entry.seq] = entry
 
     def _remove(self, seq: int) -> bool:
         """Returns whether it was (one of) the furthest."""

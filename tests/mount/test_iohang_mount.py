@@ -336,7 +336,9 @@ def test_sigterm_waits_for_a_write_in_a_system_call(paths: tuple[Path, Path], tm
             mount.process.send_signal(signal.SIGTERM)
             wait_until(lambda: "in use by" in mount.log_text(), what="who holds it")
             mount.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: "1 writes are inside a system call" in mount.log_text(), what="the word about it")
+            wait_until(
+                lambda: "1 writes or fsyncs are inside a system call" in mount.log_text(), what="the word about it"
+            )
             assert "file (1)" in mount.log_text()
             assert consumer.poll() is None
             assert mount.process.poll() is None
