@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -60,7 +60,7 @@ class Ordering(Generic[T]):
         self._blocks: dict[int, dict[Turn[T], None]] = {}  # unfinished writes by block, oldest first
         self._wide: dict[Turn[T], None] = {}  # unfinished changes of size
         self._unfinished: deque[Turn[T]] = deque()  # all of both, oldest first; those that left go when they are first
-        self._syncs: deque[Turn[T]] = deque()  # waiting, oldest first
+        self._syncs: OrderedDict[Turn[T], None] = OrderedDict()  # waiting, oldest first
         self.writes = 0  # unfinished ones
 
     def read(self, whose: T, start: int, end: float) -> Turn[T]:
@@ -84,7 +84,7 @@ class Ordering(Generic[T]):
         self._seq += 1
         turn = Turn(whose, self._seq, 0, 0, "sync", waits=self.writes > 0)
         if turn.waits:
-            self._syncs.append(turn)
+            self._syncs[turn] = None
         return turn
 
     def leave(self, turn: Turn[T]) -> list[T]:
@@ -92,6 +92,8 @@ class Ordering(Generic[T]):
         turn.left = True
         if turn.kind == "write":
             self._forget(turn)
+        elif turn.kind == "sync":
+            self._syncs.pop(turn, None)
         for other in turn.before:
             other.after.pop(turn, None)
         freed = []
@@ -157,11 +159,10 @@ class Ordering(Generic[T]):
 
     def _synced(self) -> Iterator[T]:
         oldest = self._unfinished[0].seq if self._unfinished else math.inf
-        while self._syncs and self._syncs[0].seq < oldest:
-            turn = self._syncs.popleft()
+        while self._syncs and next(iter(self._syncs)).seq < oldest:
+            turn, _ = self._syncs.popitem(last=False)
             turn.waits = False
-            if not turn.left:
-                yield turn.whose
+            yield turn.whose
 
 
 class Fences:
