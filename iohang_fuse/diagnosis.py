@@ -57,9 +57,15 @@ def _unescape(field: str) -> str:
 
 
 def dump(requests: Requests, now: float) -> list[str]:
-    """SIGUSR1's lines: every request that waits, and the stack of every task and thread."""
+    """SIGUSR1's lines: the write logs, every request that waits, and the stack of every task and thread."""
     lines = [f"{len(requests.images)} images are open"]
     for image in requests.images.values():
+        if image.log or image.held.pressed:
+            doubt = ", to be written again before the next sync" if image.log.in_doubt else ""
+            lines.append(
+                f"{image.held.image}: write log: {len(image.log)} writes, {image.log.bytes} of {image.log.limit} bytes{doubt}; "
+                f"{image.held.pressed} writes have had to wait for room"
+            )
         lines += [_describe(image.held.image, request, now) for request in image.held.trying + image.held.waiting]
     root = trio.lowlevel.current_root_task()
     if root is not None:

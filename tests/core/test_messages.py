@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
+from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, ReopenRefused, TimedOut
 from iohang_fuse.messages import error_words, sentence, span_words
 
 
@@ -95,6 +95,16 @@ def test_no_line_says_that_nothing_was_lost_when_something_was() -> None:
     for given_up, passed_on in [(0, 1), (1, 0), (1, 1)]:
         _, text = sentence(HangEnded("a.img", errno.EIO, 130, 30, 3, 1, given_up, passed_on), clock)
         assert "no error" not in text
+
+
+def test_a_file_that_is_not_opened_anew() -> None:
+    """The event says why, and what to do: "otherwise it stays held, and the event says why"."""
+    level, text = sentence(ReopenRefused("a.img", "its name is now that of another file", 100), clock)
+    assert level == logging.ERROR
+    assert text == (
+        "a.img: its descriptor fails, and it was not opened anew: its name is now that of another file. It is not written by "
+        "that name; put the file back under its name, or let its consumer close it."
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -270,6 +271,9 @@ def test_the_write_log_is_bounded(site: Site) -> None:
     wait_until(lambda: len(written) >= 256, what="the log to be full")
     time.sleep(1)
     assert len(written) == 256
+    mount.process.send_signal(signal.SIGUSR1)
+    said = "vm.img: write log: 256 writes, 1048576 of 1048576 bytes, to be written again before the next sync; 1 writes have had"
+    wait_until(lambda: said in mount.log_text(), what="the count of writes that wait")
     site.flaky.heal()
     done.join(30)
     assert not done.is_alive()
