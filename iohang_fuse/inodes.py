@@ -67,9 +67,10 @@ class Inodes:
         """Whether the kernel knows of an inode."""
         return self._own(key) in self._by_key
 
-    def mounted_anew(self, root: Key) -> None:
-        """SOURCE has been mounted anew: what is on its new device is what was on the old one."""
-        self._device = root.device
+    def mounted_anew(self, root: Key) -> bool:
+        """Whether SOURCE, whose top is *root* now, was mounted anew: what is on its new device is what was on the old one."""
+        before, self._device = self._device, root.device
+        return before != root.device
 
     def named(self, parent: int, name: bytes) -> Node | None:
         """The node that was last seen under *name*, if the kernel still knows it."""

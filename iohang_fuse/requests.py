@@ -96,6 +96,8 @@ class Image:
 
     def to_sync(self, handle: Handle) -> Backing | None:
         """What a sync on *handle* has to sync. None if it was closed while its request waited, and nobody may write any more."""
+        if self.witness is None and self.log:  # it went with its handle: another one that can write what is in the log
+            handle = next((other for other in self.handles.values() if other.writable), handle)
         if self.witness is None and handle.number not in self.handles:
             return None
         return self.witness or handle.backing

@@ -444,7 +444,11 @@ def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:
     the reason why it cannot be had by its name if it cannot be had through *fd* either.
     """
     try:
-        found = find_again(where)
+        try:
+            found = find_again(where)
+        except PermissionError:  # root_squash: the server itself may not search there
+            with acting_as(opener):
+                found = find_again(where)
     except OSError as error:
         try:
             return open_same(fd, flags, opener)

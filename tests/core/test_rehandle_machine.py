@@ -130,7 +130,9 @@ class Machine(RuleBasedStateMachine):
         self.attempts[request.seq] = self.attempts.get(request.seq, 0) + 1
         assert request.attempts == self.attempts[request.seq]
 
-    def ended(self, request: Request, errno: int | None, *, was_timed_out: bool) -> None:
+    def ended(  # noqa: PLR0911 - one for each reason
+        self, request: Request, errno: int | None, *, was_timed_out: bool
+    ) -> None:
         """P1, P5: why may it be answered now? *errno*: of the attempt that has just landed, 0 for success, None for none."""
         if self.live.pop(request.seq, None) is None:
             return  # answered before

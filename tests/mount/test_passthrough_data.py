@@ -70,6 +70,20 @@ def test_short_reads_of_a_direct_handle_are_refused(two_kinds: Pair) -> None:
     assert (two_kinds.source / "image").read_bytes() == bytes(3) + b"short" + bytes(8184)
 
 
+def test_large_direct_reads_into_any_memory(two_kinds: Pair) -> None:
+    """The kernel splits a read into memory off the pages, and its last part may be a few bytes: it is whole all the same."""
+    data = random.Random(1).randbytes(3 << 20)
+    (two_kinds.source / "image").write_bytes(data)
+    fd = os.open(two_kinds.mount / "image", os.O_RDONLY | os.O_DIRECT)
+    memory = mmap.mmap(-1, 4 << 20)
+    for shift in (0, 16, 32, 100, 511):
+        for size in (1 << 20, 2 << 20):
+            area = memoryview(memory)[shift:][:size]
+            assert os.preadv(fd, [area], 4096) == size
+            assert area == data[4096:][:size]
+    os.close(fd)
+
+
 def test_the_end_of_a_file_through_a_direct_handle(two_kinds: Pair) -> None:
     """The last read may come back shorter than 512 bytes: only what is asked for must not be."""
     (two_kinds.source / "image").write_bytes(b"x" * 700)
