@@ -83,8 +83,8 @@ class Image:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
         return None if self._stat is None else (self._stat, max(self._stat.st_size, self._end))
 
-    def have_witness(self, writer: Backing) -> None:
-        """Open the witness, before the first write that will be in the log. In a thread."""
+    def have_witness(self, writer: Backing) -> bool:
+        """Whether there is a witness; if not yet, open it. In a thread, before a write that will be in the log."""
         with self._witness_lock:
             if self.witness is None:
                 try:
@@ -92,11 +92,12 @@ class Image:
                 except OSError as error:
                     if error.errno not in {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}:
                         raise
-                    self.witness = writer  # who may open it no more, or nothing more: no reason to fail a write
+                    return False  # who may open it no more, or nothing more: no reason to fail a write
+        return True
 
     def to_sync(self, handle: Handle) -> Backing | None:
         """What a sync on *handle* has to sync. None if it was closed while its request waited, and nobody may write any more."""
-        if self.witness is None and self.log:  # it went with its handle: another one that can write what is in the log
+        if self.witness is None and self.log:  # there could not be one: a handle that can write what is in the log
             handle = next((other for other in self.handles.values() if other.writable), handle)
         if self.witness is None and handle.number not in self.handles:
             return None
@@ -188,11 +189,8 @@ class Requests:
         del self.handles[number]
         del image.handles[number]
         if image.witness is not None and not any(other.writable for other in image.handles.values()):
-            unused += [image.witness] if image.witness is not handle.backing else []
+            unused.append(image.witness)
             image.witness = None
-        elif image.witness is handle.backing:
-            image.witness = None
-            image.log.doubt()  # what it would have been told of, nobody is
         if not image.handles and self.images.get(image.node_id) is image:
             self._apply(image, image.held.closed(trio.current_time()))
             del self.images[image.node_id]
@@ -233,14 +231,17 @@ class Requests:
         image, backing = handle.image, handle.backing
         end = offset + len(data)
 
-        def work() -> int:
-            if image.log.limit and not backing.stable and image.witness is None:
-                image.have_witness(backing)
-            return backing.write(offset, data)
+        def work() -> tuple[int, bool]:
+            witnessed = (
+                not image.log.limit or backing.stable or image.witness is not None or image.have_witness(backing)
+            )
+            return backing.write(offset, data), witnessed
 
         async def attempt(request: Request) -> int:
             errors = image.log.errors
-            written = await self._fly_writing(handle, request, offset, end, work)
+            written, witnessed = await self._fly_writing(handle, request, offset, end, work)
+            if not witnessed:
+                image.log.doubt()
             image.log.add(offset, data, stable=backing.stable, errors_before=errors)
             image.wrote(end)
             return written
