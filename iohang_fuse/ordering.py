@@ -189,4 +189,4 @@ class Fences:
     def lift(self, began_s: float) -> None:
         """The storage has answered what was asked at *began_s*."""
         if self._fences:
-            self._fences = [fence for fence in self._fences if fence[2] > began_s]
+            self._fences = [fence for fence in self._fences if fence[2] >= began_s]

@@ -220,9 +220,9 @@ class Requests:
 
         async def attempt(request: Request) -> bytes:
             # The storage may have dropped what a failed writeback left in its cache; the log has it.
-            before = written.overlapping(offset, offset + size)
+            before, end_before = written.overlapping(offset, offset + size), written.end
             data = await self._fly(handle, request, lambda: handle.backing.read(offset, size))
-            return written.overlay(offset, size, data, before)
+            return written.overlay(offset, size, data, before, end_before)
 
         return await self.run(handle, Op.READ, offset, size, attempt)
 
@@ -244,6 +244,8 @@ class Requests:
                 image.log.doubt()
             image.log.add(offset, data, stable=backing.stable, errors_before=errors)
             image.wrote(end)
+            if backing.stable:
+                image.stable_size = max(image.stable_size, end)
             return written
 
         return await self.run(handle, Op.WRITE, offset, len(data), attempt)
@@ -319,9 +321,11 @@ class Requests:
                 renew()
                 return backing.rewrite(writes, data_only=data_only)
 
+            image.log.unsettle()
             try:
                 size = await self._attempt(handle, request, work)
             finally:
+                image.log.unsettle()
                 self._report_refusal(image, backing)
             image.log.trust(doubts)
             _synced(image, mark, resizes, size)
@@ -584,7 +588,9 @@ class Requests:
         started_s = trio.current_time()
         success = False
         handle = max(image.handles.values(), key=lambda h: h.readable, default=None)
-        if handle is not None:
+        if handle is None:  # what was given up had outlived the last close
+            self._apply(image, image.held.closed(started_s))
+        else:
             backing, offset, readable = handle.backing, image.held.offset, handle.readable
             renew = self._renewal(image, backing)
 
@@ -606,6 +612,6 @@ class Requests:
 
 def _synced(image: Image, mark: int, resizes: int, size: int) -> None:
     """A sync has succeeded that began at *mark*; the file had *size* bytes then."""
-    image.log.release(mark)
-    if image.resizes == resizes:
-        image.stable_size = size
+    end = image.log.release(mark)
+    if image.resizes == resizes:  # no more than was acknowledged: what lies in a cache may still be lost
+        image.stable_size = max(image.stable_size, min(size, end))

@@ -46,7 +46,7 @@ class WriteLog:
         self.limit = limit
         self.bytes = 0
         self.end = 0  # the end of the furthest entry
-        self.errors = 0  # how often `doubt` was called
+        self.errors = 0  # how often `doubt` or `unsettle` was called
         self.doubts = 0
         self._trusted = 0
         self._seq = 0
@@ -88,21 +88,27 @@ class WriteLog:
         """What a sync that begins now is going to make stable."""
         return self._seq
 
-    def release(self, mark: int) -> None:
-        """A sync that began at *mark* has succeeded."""
-        furthest = False
+    def release(self, mark: int) -> int:
+        """A sync that began at *mark* has succeeded. Returns the end of what is stable now, as far as it was in the log."""
+        furthest, end = False, 0
         # A copy, because a dict from whose front entries vanish is searched through ever longer gaps.
         for seq in [*self._entries]:
             if seq > mark:
                 break
+            end = max(end, self._entries[seq].end)
             furthest |= self._remove(seq)
         if furthest:
             self.end = max((entry.end for entry in self._entries.values()), default=0)
+        return end
 
     def doubt(self) -> None:
         """The report of a failed writeback may have been used up by an attempt that failed, or gone with its description."""
         self.errors += 1
         self.doubts += 1
+
+    def unsettle(self) -> None:
+        """The description that syncs is being replaced: what is in flight has landed before it, and is told to nobody."""
+        self.errors += 1
 
     def trust(self, doubts: int) -> None:
         """All that was in the log when `doubts` was so has been written again, and synced."""
@@ -164,14 +170,17 @@ class WriteLog:
         }
         return [found[seq] for seq in sorted(found)]
 
-    def overlay(self, start: int, size: int, data: bytes, before: Sequence[Entry]) -> bytes:
+    def overlay(self, start: int, size: int, data: bytes, before: Sequence[Entry], end_before: int) -> bytes:
         """What a consumer has to get for a read of *size* bytes at *start* to which the storage has answered *data*.
 
-        *before* is what `overlapping` said when the read began: a sync may have released it since, while *data* is older.
+        *before* and *end_before* are what `overlapping` and `end` said when the read began: a sync may have released that since,
+        while *data* is older.
         """
         now = self.overlapping(start, start + size)
         have = len(data)
-        known = min(size, max(self.end - start, 0))  # so far does the file reach at least; there are zeros in its gaps
+        known = min(
+            size, max(self.end - start, end_before - start, 0)
+        )  # so far does the file reach at least; there are zeros in its gaps
         if not now and not before and known <= have:
             return data
         patched = bytearray(data)

@@ -256,12 +256,28 @@ def test_the_log_is_written_in_order_and_synced(
     monkeypatch.setattr(engine.os, "pwrite", pwrite)
     monkeypatch.setattr(engine.os, "fdatasync", fdatasync)
     backing = opened()
-    writes = [(0, b"old"), (4094, b"grown"), (1, memoryview(b"new..")[:3])]
+    writes = [(0, b"old"), (4094, b"gr"), (4096, b"own"), (1, memoryview(b"new..")[:3])]
     assert backing.rewrite(writes, data_only=True) == 4099
     assert [call for call, _ in calls] == ["write", "write", "write", "write", "sync"]
-    assert [offset for call, offset in calls if call == "write"] == [0, 4094, 4097, 1]
+    assert [offset for call, offset in calls if call == "write"] == [0, 4094, 4097, 1]  # neighbours together
     assert file.read_bytes()[:5] == b"onew\x04"
     assert file.read_bytes()[4094:] == b"grown"
+
+
+def test_a_log_of_small_writes_is_written_in_large_ones(
+    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3,000 writes of 1 KiB, with a gap, are four of 1 MiB at most: over a network each costs a round trip."""
+    sizes: list[int] = []
+    real = os.pwrite
+    monkeypatch.setattr(engine.os, "pwrite", lambda fd, data, at: sizes.append(len(data)) or real(fd, data, at))
+    backing = opened()
+    content = os.urandom(3000 << 10)
+    writes = [(at + (512 if at >= 1500 << 10 else 0), content[at : at + 1024]) for at in range(0, 3000 << 10, 1024)]
+    backing.rewrite(writes, data_only=True)
+    assert sizes == [1 << 20, 476 << 10, 1 << 20, 476 << 10]
+    middle = 1500 << 10
+    assert file.read_bytes() == content[:middle] + bytes(512) + content[middle:]
 
 
 # ---- opened anew
