@@ -184,8 +184,6 @@ class WriteLog:
         if not now and not before and known <= have:
             return data
         patched = bytearray(data)
-        for entry in (*before, *now):
-            known = max(known, min(size, entry.end - start))
         patched.extend(bytes(max(known - have, 0)))
         for entry in (*before, *now):
             low, high = max(start, entry.start), min(start + size, entry.end)

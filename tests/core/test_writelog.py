@@ -463,3 +463,14 @@ def test_clear_says_how_many_bytes_were_lost(log: WriteLog) -> None:
 
 def test_an_entry_ends_behind_its_last_byte() -> None:
     assert Entry(1, 10, b"abc", 3).end == 13
+
+
+def test_a_log_that_has_just_reached_its_limit_is_full(log: WriteLog) -> None:
+    """P10: at all of it writers wait; at exactly half of it nothing is due yet."""
+    add(log, 0, bytes(4096))
+    exact = WriteLog(log.bytes)
+    add(exact, 0, bytes(4096))
+    assert exact.full
+    half = WriteLog(2 * log.bytes)
+    add(half, 0, bytes(4096))
+    assert not half.sync_is_due
