@@ -96,9 +96,14 @@ class Backing:
 
     def __init__(self, opened: Opened, opener: Caller) -> None:
         self.stable = opened.stable  # whether a write that has returned needs no sync
+        self.serial = bool(opened.flags & os.O_DSYNC)  # whether writes come one at a time
+        self.apart = opened.apart
+        self.unsynced = False  # whether something was written through it since it was synced: where it is *apart*
+        self.device = _device(opened.fd)
         self.generation = 0  # how often it has been opened anew
-        # The shell's: how often it has failed since it last worked, and with what; when opening it anew was last tried, and
-        # why it could not be had.
+        # The shell's: whether a write is in flight; how often it has failed since it last worked, and with what; when opening
+        # it anew was last tried, and why it could not be had.
+        self.busy = False
         self.failures = 0
         self.errno: int | None = None
         self.renewed_s = -math.inf
@@ -146,6 +151,7 @@ class Backing:
         """Write all of *data*. Clears set-ID bits as the opener's write would."""
         # Without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write.
         with self._serial, self._using() as fd, acting_as(self._opener, with_groups=False):
+            self.unsynced = True
             return _write_whole(fd, data, offset)
 
     def truncate(self, size: int) -> None:
@@ -156,8 +162,13 @@ class Backing:
     def sync(self, *, data_only: bool) -> int:
         """fsync(2) or fdatasync(2); returns the file's size before it, which is now stable."""
         with self._serial, self._using() as fd:
+            self.unsynced = False
             size = os.fstat(fd).st_size
-            _sync(fd, data_only=data_only)
+            try:
+                _sync(fd, data_only=data_only)
+            except OSError:
+                self.unsynced = True
+                raise
             return size
 
     def rewrite(self, writes: Sequence[tuple[int, bytes | memoryview]], *, data_only: bool) -> int:
@@ -181,26 +192,37 @@ class Backing:
         """One more description of the same file, for syncs: what goes wrong on this one uses up no report on that one."""
         with self._using() as fd:
             flags = self._flags & ~os.O_SYNC
-            return Backing(Opened(open_same(fd, flags, self._opener), flags, stable=False), self._opener)
+            return Backing(
+                Opened(open_same(fd, flags, self._opener), flags, stable=False, apart=self.apart), self._opener
+            )
 
     def renew(self, where: Where, generation: int) -> bool:
         """Open the file anew, unless that has been done since *generation*. Returns whether it was done.
 
         Raises OSError with the reason where it cannot be had; the old description then stays, and is tried again.
         """
-        with self._renewing:
+        # Who comes while another one opens it does not wait for that: it may take as long as an attempt.
+        if not self._renewing.acquire(blocking=False):
+            return False
+        try:
             if self.generation != generation:
                 return False
             with self._using() as fd:
                 new = open_again(fd, self._flags, self._opener, where)
             with self._lock:
+                if self._now.replaced:  # closed in the meantime
+                    os.close(new)
+                    return False
                 old, self._now = self._now, _Description(new)
+                self.device = _device(new)
                 self.generation += 1
                 old.replaced = True
                 old.closed = unused = not old.users
             if unused:
                 _close_quietly(old.fd)
             return True
+        finally:
+            self._renewing.release()
 
     def close(self) -> None:
         """Blocks where the file system flushes on close. Raises what closing did; the descriptor is gone all the same.
@@ -212,6 +234,13 @@ class Backing:
             self._now.closed = unused = not self._now.users
         if unused:
             os.close(self._now.fd)
+
+
+def _device(fd: int) -> int:
+    try:
+        return os.fstat(fd).st_dev
+    except OSError:  # the storage fails; what is written through it will tell
+        return 0
 
 
 def _close_quietly(fd: int) -> None:

@@ -268,9 +268,10 @@ class Filesystem(pyfuse3.Operations):
                 raise
             return entry
         if trio.current_time() < self._gone_s + _GONE_FOR_S and (known := self._inodes.named(parent_inode, name)):
-            await self._in_thread(
-                source.take_over, found._replace(fd=os.dup(found.fd)), known.fd, known.key, self._magic
-            )
+            known.lookups += 1  # its descriptor's number must stay its own until it has been taken over
+            again = found._replace(fd=os.dup(found.fd))
+            await self._in_thread(source.take_over, again, known.fd, known.key, self._magic)
+            self._forget(known.id, 1)
         if self._crowded(_TIGHT) and found.key not in self._inodes:
             await trio.sleep(_ROOM_S)
         entry = self._looked_up(found, parent_inode, name)
@@ -589,6 +590,8 @@ class Filesystem(pyfuse3.Operations):
         else:
             opened = await self._with_room(work)
         handle = self._opened(node, opened, flags, caller)
+        if image is None and flags & os.O_TRUNC:  # somebody else has opened it, and written, in that moment
+            handle.image.truncated(0)
         if handle.image.capability is None and handle.writable:
             handle.image.capability = await self._do(source.read_capability, node.fd)
         return FileInfo(fh=handle.number, keep_cache=False)

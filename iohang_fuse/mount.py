@@ -259,13 +259,13 @@ class _Server:
                     continue
                 # A terminal that hangs up asks once; it does not insist.
                 asked += number != signal.SIGHUP
-                await self._unmount(signal.Signals(number).name, nursery, insist=asked > 1)
+                if asked > 2 and self._detached:
+                    _end_now(nursery)
+                elif not self._detached:
+                    await self._unmount(signal.Signals(number).name, nursery, insist=asked > 1)
 
     async def _unmount(self, why: str, nursery: trio.Nursery, *, insist: bool) -> None:
         """The first unmounts, or says who is in the way; the second takes no no for an answer; the third does not wait (P8)."""
-        if self._detached:
-            _end_now(nursery)
-            return
         flags = syscalls.MNT_DETACH if insist else 0
         try:
             if not self._unmounted:

@@ -175,6 +175,10 @@ class Fences:
     def __init__(self) -> None:
         self._fences: list[tuple[int, float, float]] = []  # first byte, end, when it was put up
 
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+        return bool(self._fences)
+
     def put(self, start: int, end: float, now: float) -> None:
         """A write to these bytes has been given up *now* (monotonic seconds)."""
         self._fences.append((start, end, now))

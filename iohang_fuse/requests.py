@@ -24,6 +24,7 @@ import trio
 
 from iohang_fuse.engine import Abandoned, Backing, Flight
 from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
+from iohang_fuse.ordering import Fences
 from iohang_fuse.rehandle import HeldBytes, Policy, RehandleList, Request, State, Step
 from iohang_fuse.source import NotTheSame, Where
 from iohang_fuse.writelog import WriteLog
@@ -83,16 +84,24 @@ class Image:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
         return None if self._stat is None else (self._stat, max(self._stat.st_size, self._end))
 
-    def have_witness(self, writer: Backing) -> bool:
-        """Whether there is a witness; if not yet, open it. In a thread, before a write that will be in the log."""
-        with self._witness_lock:
+    def have_witness(self, writer: Backing, transient: frozenset[int]) -> bool:
+        """Whether there is a witness; if not yet, open it. In a thread, before a write that will be in the log.
+
+        Raises what is *transient*. Nothing else is a reason to fail a write: who may open the file no more, no descriptor left,
+        a file system that finds an unlinked file no more.
+        """
+        # Who comes while another one opens it does not wait for that: it may take as long as an attempt.
+        if not self._witness_lock.acquire(blocking=False):
+            return False
+        try:
             if self.witness is None:
-                try:
-                    self.witness = writer.another()
-                except OSError as error:
-                    if error.errno not in {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}:
-                        raise
-                    return False  # who may open it no more, or nothing more: no reason to fail a write
+                self.witness = writer.another()
+        except OSError as error:
+            if error.errno in transient:
+                raise
+            return False
+        finally:
+            self._witness_lock.release()
         return True
 
     def to_sync(self, handle: Handle) -> Backing | None:
@@ -102,6 +111,10 @@ class Image:
         if self.witness is None and handle.number not in self.handles:
             return None
         return self.witness or handle.backing
+
+    def writers(self, besides: Backing) -> list[Backing]:
+        """The backing files through which the image may be written, but for one."""
+        return [h.backing for h in self.handles.values() if h.writable and h.backing is not besides]
 
     def resizing(self, size: int) -> None:
         """A change of size is about to be tried."""
@@ -151,6 +164,7 @@ class Requests:
         self._nursery: trio.Nursery | None = None
         self._next_handle = 1
         self._aloft: set[Request] = set()  # attempts that are inside a system call, or about to be
+        self._fences: dict[int, Fences] = {}  # by node: of images that are closed
         self.images: dict[int, Image] = {}
         self.handles: dict[int, Handle] = {}
         self.holding = True
@@ -174,6 +188,7 @@ class Requests:
         if image is None:
             image = self.images[node_id] = Image(node_id, name, self._policy, self._held_bytes, self._write_log)
             image.held.holding = self.holding
+            image.held.fences = self._fences.pop(node_id, image.held.fences)
         handle = Handle(self._next_handle, image, backing, flags)
         self._next_handle += 1
         image.handles[handle.number] = self.handles[handle.number] = handle
@@ -194,6 +209,8 @@ class Requests:
         if not image.handles and self.images.get(image.node_id) is image:
             self._apply(image, image.held.closed(trio.current_time()))
             del self.images[image.node_id]
+            if image.held.fences:  # what was given up may still land when the image is opened again
+                self._fences[image.node_id] = image.held.fences
         while handle.in_use:
             handle.idle = trio.Event()
             await handle.idle.wait()
@@ -233,7 +250,10 @@ class Requests:
 
         def work() -> tuple[int, bool]:
             witnessed = (
-                not image.log.limit or backing.stable or image.witness is not None or image.have_witness(backing)
+                not image.log.limit
+                or backing.stable
+                or image.witness is not None
+                or image.have_witness(backing, self._policy.errors)
             )
             return backing.write(offset, data), witnessed
 
@@ -299,7 +319,19 @@ class Requests:
         backing = image.to_sync(handle)
         if backing is None:
             return
-        size = await self._attempt(handle, request, lambda: backing.sync(data_only=data_only))
+        others = image.writers(backing)
+        if any(other.device != backing.device for other in others):
+            log_.doubt()  # SOURCE was mounted anew, and some were opened anew there, and some not
+            await self._recover(handle, request, data_only=data_only)
+            return
+
+        def work() -> int:
+            for other in others:
+                if other.apart and other.unsynced:
+                    other.sync(data_only=data_only)
+            return backing.sync(data_only=data_only)
+
+        size = await self._attempt(handle, request, work)
         _synced(image, mark, resizes, size)
 
     async def _recover(self, handle: Handle, request: Request, *, data_only: bool) -> None:
@@ -315,10 +347,18 @@ class Requests:
             backing = image.to_sync(handle)
             if backing is None:
                 return
-            renew = self._renewal(image, backing)
+            renew, others = self._renewal(image, backing), image.writers(backing)
+            renew_others = [self._renewal(image, other) for other in others]
+
+            began_s, fenced = trio.current_time(), bool(image.held.fences)
 
             def work() -> int:
-                renew()
+                for each in (*renew_others, renew):
+                    each()
+                if fenced:
+                    backing.ask()
+                if any(other.device != backing.device for other in others):
+                    raise OSError(errno.ESTALE, "open on two mounts: one cannot be opened anew where the other one is")
                 return backing.rewrite(writes, data_only=data_only)
 
             image.log.unsettle()
@@ -327,7 +367,10 @@ class Requests:
             finally:
                 image.log.unsettle()
                 self._report_refusal(image, backing)
+            image.held.fences.lift(began_s)
             image.log.trust(doubts)
+            if image.log.mark() != mark:
+                image.log.doubt()  # it may have landed, and been lost, before the new description was open
             _synced(image, mark, resizes, size)
         finally:
             image.recovering = False
@@ -393,9 +436,14 @@ class Requests:
 
     async def _fly_writing(self, handle: Handle, request: Request, start: int, end: float, work: Callable[[], T]) -> T:
         """`_fly` for what changes these bytes: not while they are written again from the log, nor before the storage answers."""
-        image = handle.image
-        await self._wait(image, request, lambda: image.recovering and bool(image.log.overlapping(start, end)))
+        image, backing = handle.image, handle.backing
+        await self._wait(
+            image,
+            request,
+            lambda: (image.recovering and bool(image.log.overlapping(start, end))) or (backing.serial and backing.busy),
+        )
         image.writing[request] = start, end
+        backing.busy = True
         try:
             if not image.held.fences.stand(start, end):
                 return await self._fly(handle, request, work)
@@ -408,6 +456,7 @@ class Requests:
             image.held.fences.lift(request.started_s)
             return result
         finally:
+            backing.busy = False  # where it means something, nobody else is in it
             del image.writing[request]
             image.bystanders.unpark_all()
 

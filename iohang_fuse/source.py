@@ -144,6 +144,8 @@ def take_over(found: Found, fd: int, key: Key, magic: int) -> bool:
         if found.key.number != key.number or handles_differ or magic_of(found.fd) != magic:
             return False
         os.dup2(found.fd, fd, inheritable=False)
+    except OSError:
+        return False
     finally:
         os.close(found.fd)
     return True
@@ -348,11 +350,16 @@ def remove_xattr(fd: int, name: bytes, caller: Caller) -> None:
 
 
 class Opened(NamedTuple):
-    """A data descriptor, the flags with which it is opened anew, and whether what was written through it needs no sync."""
+    """A data descriptor, the flags with which it is opened anew, and whether what was written through it needs no sync.
+
+    *apart*: a sync of another description of the file may not cover what was written through this one (FUSE: the server
+    decides, and some buffer for each open file).
+    """
 
     fd: int
     flags: int
     stable: bool
+    apart: bool = False
 
 
 class Where(NamedTuple):
@@ -418,7 +425,11 @@ def create_data(
     except BaseException:
         os.close(data)
         raise
-    return _opened(data, kept, direct=direct and bool(flags & os.O_DIRECT)), found
+    try:
+        return _opened(data, kept, direct=direct and bool(flags & os.O_DIRECT)), found
+    except BaseException:
+        os.close(found.fd)
+        raise
 
 
 def _opened(data: int, kept: int, *, direct: bool) -> Opened:
@@ -426,7 +437,11 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
 
     It is switched on with fcntl(2), because an open(2) that a FUSE file system refuses may already have truncated the file.
     """
-    magic = syscalls.file_system_magic(data)
+    try:
+        magic = syscalls.file_system_magic(data)
+    except BaseException:
+        os.close(data)
+        raise
     if direct and magic in _DIRECT:
         try:
             fcntl.fcntl(data, fcntl.F_SETFL, fcntl.fcntl(data, fcntl.F_GETFL) | os.O_DIRECT)
@@ -434,7 +449,7 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
         except OSError:
             pass
     stable = bool(kept & os.O_DSYNC) or (bool(kept & os.O_DIRECT) and magic in _DIRECT_AND_STABLE)
-    return Opened(data, kept, stable)
+    return Opened(data, kept, stable, magic == syscalls.FUSE_SUPER_MAGIC)
 
 
 def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:
@@ -462,12 +477,16 @@ def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:
 
 def open_same(fd: int, flags: int, opener: Caller) -> int:
     """One more open file description of the very file of *fd*."""
-    path = by_descriptor(fd)
+    path, asked = by_descriptor(fd), flags & ~os.O_DIRECT
     try:
         with acting_as(opener):
-            return os.open(path, flags)
+            data = os.open(path, asked)
     except PermissionError:  # its user may since have taken the right from himself; who has it open keeps it
-        return os.open(path, flags)
+        data = os.open(path, asked)
+    if flags & os.O_DIRECT:
+        with contextlib.suppress(OSError):  # as in `_opened`
+            fcntl.fcntl(data, fcntl.F_SETFL, fcntl.fcntl(data, fcntl.F_GETFL) | os.O_DIRECT)
+    return data
 
 
 def find_again(where: Where) -> Found:

@@ -51,7 +51,8 @@ class WriteLog:
         self._trusted = 0
         self._seq = 0
         self._entries: dict[int, Entry] = {}  # by seq, oldest first
-        self._blocks: dict[int, dict[int, Entry]] = {}  # by block, oldest first
+        self._blocks: dict[int, dict[int, Entry]] = {}  # by block
+        self._latest: dict[tuple[int, int], int] = {}  # by first byte and length: the seq of the latest
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -79,6 +80,9 @@ class WriteLog:
         if not self.limit or (stable and not self._entries and errors_before == self.errors):
             return
         self._seq += 1
+        superseded = self._latest.get((start, len(data)))
+        if superseded is not None:  # a hot block: what it was before is of no use to anybody
+            self._remove(superseded)
         self._put(Entry(self._seq, start, data, len(data) + _ENTRY_BYTES))
         self.end = max(self.end, start + len(data))
         if errors_before != self.errors:
@@ -193,6 +197,7 @@ class WriteLog:
 
     def _put(self, entry: Entry) -> None:
         self._entries[entry.seq] = entry
+        self._latest[entry.start, len(entry.data)] = entry.seq
         self.bytes += entry.cost
         for number in blocks(entry.start, entry.end):
             self._blocks.setdefault(number, {})[entry.seq] = entry
@@ -200,6 +205,8 @@ class WriteLog:
     def _remove(self, seq: int) -> bool:
         """Returns whether it was (one of) the furthest."""
         entry = self._entries.pop(seq)
+        if self._latest.get((entry.start, len(entry.data))) == seq:
+            del self._latest[entry.start, len(entry.data)]
         self._unindex(entry)
         self.bytes -= entry.cost
         return entry.end >= self.end

@@ -100,6 +100,7 @@ class Inode:
 
     disk: Disk
     size: int
+    device: int = 1
     pages: dict[int, bytearray] = field(default_factory=dict)
     dirty: dict[int, None] = field(default_factory=dict)  # page numbers, longest dirty first
     errors: ErrSeq = field(default_factory=ErrSeq)
@@ -345,9 +346,9 @@ class Kernel:
     fdatasync = fsync
 
     def fstat(self, fd: int) -> SimpleNamespace:
-        """Only the size."""
+        """Only the size, and on which mount it is."""
         with self._call(fd, "fstat") as it:
-            return SimpleNamespace(st_size=it.inode.size)
+            return SimpleNamespace(st_size=it.inode.size, st_dev=it.inode.device)
 
     def fstatvfs(self, fd: int) -> None:
         """Nothing but an exchange."""
