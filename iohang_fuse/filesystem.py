@@ -23,7 +23,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
-from iohang_fuse import source
+from iohang_fuse import source, syscalls
 from iohang_fuse.engine import Backing
 from iohang_fuse.inodes import ROOT, Inodes, Node
 from iohang_fuse.source import Attributes, Caller, Found, Where
@@ -103,13 +103,13 @@ class Filesystem(pyfuse3.Operations):
     ) -> None:
         """*direct*: pass O_DIRECT on where SOURCE takes it unaligned. *source_path*: where SOURCE is if it is mounted anew."""
         super().__init__()
-        self._inodes = Inodes(root.key, root.fd)
+        self._magic = source.magic_of(root.fd)
+        self._inodes = Inodes(root.key, root.fd, handles_last=self._magic != syscalls.FUSE_SUPER_MAGIC)
         self._requests = requests
         self._attr_timeout_s = attr_timeout_s
         self._entry_timeout_s = entry_timeout_s
         self._direct = direct
         self._source_path = source_path
-        self._magic = source.magic_of(root.fd)
         self._searching = trio.Lock()
         self._gone_s = self._searched_s = -math.inf
         self._listings: dict[int, _Listing] = {}

@@ -46,8 +46,10 @@ class Node:
 class Inodes:
     """All nodes of one mount. The root is there from the beginning and is never forgotten."""
 
-    def __init__(self, root: Key, root_fd: int) -> None:
+    def __init__(self, root: Key, root_fd: int, *, handles_last: bool = True) -> None:
+        """*handles_last*: whether a handle is still the same when SOURCE is mounted anew. FUSE's is its server's own."""
         self._device = root.device
+        self._handles_last = handles_last
         root = self._own(root)
         self._next_foreign = _FOREIGN
         self._generation = 0
@@ -157,7 +159,9 @@ class Inodes:
                 yield node
 
     def _own(self, key: Key) -> Key:
-        return key._replace(device=0) if key.device == self._device else key
+        if key.device != self._device:
+            return key
+        return key._replace(device=0, handle=key.handle if self._handles_last else b"")
 
     def _free_id(self, key: Key) -> int:
         # The inode's own number where it is free, so that `ls -i` shows the same here as on SOURCE.

@@ -457,6 +457,11 @@ class RehandleList:
     def _may_hold(self, request: Request) -> bool:
         return self.holding and self.policy.timeout_s[request.op] > 0
 
+    def limit_wait(self, request: Request, now: float) -> None:
+        """An attempt of *request* has begun, and waits before its system call, in a sick image: from now on with a deadline."""
+        if request.state is State.TRYING and self._may_hold(request):
+            self._limit_wait(request, now)
+
     def _limit_wait(self, request: Request, now: float) -> None:
         """Give *request* its deadline. One that may not be held does not wait longer than an interval for its turn."""
         if request.deadline_s is not None:

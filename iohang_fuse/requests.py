@@ -27,7 +27,7 @@ from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
 from iohang_fuse.ordering import Fences
 from iohang_fuse.rehandle import HeldBytes, Policy, RehandleList, Request, State, Step
 from iohang_fuse.source import NotTheSame, Where
-from iohang_fuse.writelog import WriteLog
+from iohang_fuse.writelog import SAMPLES, WriteLog
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -49,6 +49,9 @@ class Image:
         self.handles: dict[int, Handle] = {}
         self.where: Callable[[int], Where] | None = None  # how to find it by its name, given the size that is stable
         self.stable_size = 0
+        self.samples: list[
+            tuple[int, bytes]
+        ] = []  # (first byte, data) that is stable, and that nobody has tried to change since
         self.capability: bytes | int | None = None  # security.capability, or the errno it gave; None: not yet asked
         self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
         self.refusal = ""  # why it could not be opened anew, as last reported
@@ -63,26 +66,24 @@ class Image:
         self.witness: Backing | None = None
         self._witness_lock = threading.Lock()
         self._stat: os.stat_result | None = None
-        self._end = 0  # the end of the furthest write since those attributes were read
+        self._size = 0  # as it is since those attributes were read, by what has been written and cut
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
-        self._stat = attributes
+        self._stat, self._size = attributes, attributes.st_size
 
     def wrote(self, end: int) -> None:
         """A write up to *end* has succeeded."""
-        self._end = max(self._end, end)
+        self._size = max(self._size, end)
 
     def truncated(self, size: int) -> None:
         """The size was changed."""
-        self._end = size
+        self._size = size
         self.log.truncate(size)
-        if self._stat is not None and self._stat.st_size > size:
-            self._stat = None
 
     def remembered(self) -> tuple[os.stat_result, int] | None:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
-        return None if self._stat is None else (self._stat, max(self._stat.st_size, self._end))
+        return None if self._stat is None else (self._stat, self._size)
 
     def have_witness(self, writer: Backing, transient: frozenset[int]) -> bool:
         """Whether there is a witness; if not yet, open it. In a thread, before a write that will be in the log.
@@ -380,8 +381,11 @@ class Requests:
     async def _wait(self, image: Image, request: Request, obstacle: Callable[[], bool]) -> None:
         """Wait inside an attempt, before its system call, while there is an *obstacle*; until its deadline at most."""
         while obstacle():
+            if image.held.sick:
+                image.held.limit_wait(request, trio.current_time())
             if request.deadline_s is not None and trio.current_time() >= request.deadline_s:
-                number = request.errno or self._policy.timeout_errno
+                number = request.errno or image.held.errno or errno.EIO
+                number = number if number in self._policy.errors else min(self._policy.errors)
                 raise OSError(number, os.strerror(number))
             with trio.move_on_after(1):  # the deadline may be set, or an operator move it, while this waits
                 await image.bystanders.park()
@@ -443,6 +447,8 @@ class Requests:
             lambda: (image.recovering and bool(image.log.overlapping(start, end))) or (backing.serial and backing.busy),
         )
         image.writing[request] = start, end
+        if image.samples:
+            image.samples = [(at, data) for at, data in image.samples if end <= at or at + len(data) <= start]
         backing.busy = True
         try:
             if not image.held.fences.stand(start, end):
@@ -487,7 +493,7 @@ class Requests:
     def _renewal(self, image: Image, backing: Backing) -> Callable[[], None]:
         """What opens *backing* anew, in a thread; if that cannot be, the old description is tried again."""
         backing.renewed_s = trio.current_time()
-        where = image.where(image.stable_size) if image.where else None
+        where = image.where(image.stable_size)._replace(samples=tuple(image.samples)) if image.where else None
         generation = backing.generation
 
         def renew() -> None:
@@ -645,6 +651,7 @@ class Requests:
 
             def work() -> object:
                 renew()  # all its descriptors may be dead, and whoever comes is answered without a second attempt
+                backing.ask()  # what follows may be answered by the page cache
                 return backing.read(offset, 512) if readable else backing.sync(data_only=True)
 
             handle.in_use += 1
@@ -661,6 +668,12 @@ class Requests:
 
 def _synced(image: Image, mark: int, resizes: int, size: int) -> None:
     """A sync has succeeded that began at *mark*; the file had *size* bytes then."""
+    kept = [
+        (start, data)
+        for start, data in image.log.samples(mark)
+        if not any(first < start + len(data) and start < end for first, end in image.writing.values())
+    ]
+    image.samples = [*kept, *image.samples][:SAMPLES]
     end = image.log.release(mark)
     if image.resizes == resizes:  # no more than was acknowledged: what lies in a cache may still be lost
         image.stable_size = max(image.stable_size, min(size, end))

@@ -367,6 +367,7 @@ class Where(NamedTuple):
 
     *path* is None for a file that has lost its name. *number*, *handle* (empty: unknown) and *size* are what the file must
     have to be the same: the size that is known to be stable, because growth that was lost in writeback will come again.
+    *samples* are (first byte, data) that it must have where there is no handle: an inode number may be used again.
     """
 
     root: str
@@ -374,6 +375,7 @@ class Where(NamedTuple):
     number: int
     handle: bytes
     size: int
+    samples: tuple[tuple[int, bytes], ...] = ()
 
 
 class NotTheSame(OSError):
@@ -503,10 +505,13 @@ def find_again(where: Where) -> Found:
         os.close(fd)
         raise
     found = identify(fd)
-    why = _not_the_same(found, where)
-    if why:
+    try:
+        why = _not_the_same(found, where)
+        if why:
+            raise NotTheSame(errno.ESTALE, why)
+    except BaseException:
         os.close(found.fd)
-        raise NotTheSame(errno.ESTALE, why)
+        raise
     return found
 
 
@@ -524,4 +529,17 @@ def _not_the_same(found: Found, where: Where) -> str:
         return "its name is now that of a new file with the same inode number"
     if found.stat.st_size < where.size:
         return f"its name is now that of a shorter file ({found.stat.st_size} bytes, and {where.size} were safe)"
+    if not (found.key.handle and where.handle) and _differs(found.fd, where.samples):
+        return "its name is now that of a file with other content, which has got its inode number"
     return ""
+
+
+def _differs(fd: int, samples: Sequence[tuple[int, bytes]]) -> bool:
+    """Whether the file behind an O_PATH descriptor has something else than *samples*."""
+    if not samples:
+        return False
+    data = os.open(by_descriptor(fd), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return any(os.pread(data, len(sample), start) != sample for start, sample in samples)
+    finally:
+        os.close(data)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+SAMPLES = 4
+SAMPLE_BYTES = 512
+"""What is remembered of stable data, to know a file again: enough that two files will not have it alike by chance."""
+
 _ENTRY_BYTES = 256
 """What an entry costs beside its data: itself, its place in two dicts, the header of a bytes object. Measured: 220 to 480."""
 
@@ -91,6 +95,16 @@ class WriteLog:
     def mark(self) -> int:
         """What a sync that begins now is going to make stable."""
         return self._seq
+
+    def samples(self, mark: int) -> list[tuple[int, bytes]]:
+        """Of what a sync that began at *mark* has made stable: (first byte, data) of a few of the latest, as they are now."""
+        found = []
+        for entry in reversed(self._entries.values()):
+            if entry.seq <= mark and self.overlapping(entry.start, entry.start + SAMPLE_BYTES)[-1] is entry:
+                found.append((entry.start, bytes(entry.data[:SAMPLE_BYTES])))
+                if len(found) == SAMPLES:
+                    break
+        return found
 
     def release(self, mark: int) -> int:
         """A sync that began at *mark* has succeeded. Returns the end of what is stable now, as far as it was in the log."""

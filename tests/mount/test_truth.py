@@ -5,6 +5,7 @@ The flaky source has a page cache of its own here, which loses what it cannot wr
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -439,6 +440,80 @@ def test_an_image_that_was_replaced_is_never_written(site: Site, consumer: Calla
         assert "its name is now that of another file" in mount.log_text()
         assert site.image.read_bytes() == before
         mount.stop()
+
+
+def test_an_inode_number_that_is_used_again(site: Site, consumer: Callable[[], Consumer]) -> None:
+    """Section 4: a new file of the same name, size and, since the old one is gone, inode number: what was safe is not in it."""
+    mount = site.mount("timeout=4")
+    user = consumer()
+    user.begin_write(4)
+    user.begin("os.fsync(fd)")
+    assert [user.result() for _ in range(2)] == [str(BLOCK), "None"]
+    site.flaky.process.kill()
+    site.flaky.process.wait()
+    syscalls.umount(str(site.folder / "flaky"), syscalls.MNT_DETACH)
+    backup = os.urandom(BLOCKS * BLOCK)
+    site.image.unlink()
+    site.image.write_bytes(backup)
+    with FlakySource(site.real, site.folder / "flaky", site.folder / "trigger", site.folder / "flaky2.log"):
+        user.begin_write(0)
+        user.process.wait(20)
+        assert "Input/output error" in user.end()
+        assert "its name is now that of a" in mount.log_text()
+        assert site.image.read_bytes() == backup
+        mount.stop()
+
+
+def test_a_source_that_was_mounted_over_itself(site: Site, consumer: Callable[[], Consumer]) -> None:
+    """P3: the old mount lives on beneath open files, and the new one is what an fsync would sync: all of them move, and then 0."""
+    mount = site.mount()
+    user = consumer()
+    user.begin_write(1)
+    user.begin("os.fsync(fd)")
+    assert [user.result() for _ in range(2)] == [str(BLOCK), "None"]
+    syscalls.umount(str(site.folder / "flaky"), syscalls.MNT_DETACH)
+    second = FlakySource(
+        site.real,
+        site.folder / "flaky",
+        site.folder / "trigger2",
+        site.folder / "flaky2.log",
+        page_cache=True,
+        writeback_every_s=600,
+    )
+    with second:
+        user.begin_write(2)
+        assert user.result() == str(BLOCK)
+        site.flaky.fail("fsync * errno=EIO")
+        user.begin("os.fsync(fd)")
+        assert user.result() == "None"
+        assert site.is_safe()
+        user.begin_write(3)
+        user.begin("os.fsync(fd)")
+        assert [user.result() for _ in range(2)] == [str(BLOCK), "None"]
+        site.flaky.process.kill()  # with all that it may still have in its cache
+        site.flaky.process.wait()
+        assert site.is_safe()
+        user.end()
+        mount.stop()
+
+
+# ---- bounds
+
+
+def test_the_bound_of_synchronous_writes(site: Site) -> None:
+    """P1: "timeout + at most one attempt", also where writes come one at a time, because each is to be stable at its answer."""
+    site.mount("timeout=2")
+    fd = site.open(os.O_DIRECT | os.O_DSYNC)
+    memory = mmap.mmap(-1, 16 * BLOCK)
+    writes = [AioRequest("write", fd, n * BLOCK, memoryview(memory)[n * BLOCK :][:BLOCK]) for n in range(16)]
+    site.flaky.fail("write * errno=EIO delay=1")
+    aio = Aio(64)
+    began_s = time.monotonic()
+    aio.run(writes, [16])
+    took_s = time.monotonic() - began_s
+    aio.close()
+    assert {write.result for write in writes} == {-errno.EIO}
+    assert took_s < 2 + 1 + 1 + 2  # the first failure, the timeout, one attempt, and a busy machine
 
 
 # ---- P5: no zombies
