@@ -152,7 +152,10 @@ class Backing:
         # Without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write.
         with self._serial, self._using() as fd, acting_as(self._opener, with_groups=False):
             self.unsynced = True
-            return _write_whole(fd, data, offset)
+            try:
+                return _write_whole(fd, data, offset)
+            finally:
+                self.unsynced = True  # a sync may have begun, and cleared it, before this landed
 
     def truncate(self, size: int) -> None:
         """Change the file's size."""

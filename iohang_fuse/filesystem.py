@@ -269,9 +269,13 @@ class Filesystem(pyfuse3.Operations):
             return entry
         if trio.current_time() < self._gone_s + _GONE_FOR_S and (known := self._inodes.named(parent_inode, name)):
             known.lookups += 1  # its descriptor's number must stay its own until it has been taken over
-            again = found._replace(fd=os.dup(found.fd))
-            await self._in_thread(source.take_over, again, known.fd, known.key, self._magic)
-            self._forget(known.id, 1)
+            try:
+                again = found._replace(fd=os.dup(found.fd))
+                await self._in_thread(source.take_over, again, known.fd, known.key, self._magic)
+            except OSError:  # no descriptor left: another time
+                pass
+            finally:
+                self._forget(known.id, 1)
         if self._crowded(_TIGHT) and found.key not in self._inodes:
             await trio.sleep(_ROOM_S)
         entry = self._looked_up(found, parent_inode, name)

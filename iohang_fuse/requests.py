@@ -321,7 +321,7 @@ class Requests:
         if backing is None:
             return
         others = image.writers(backing)
-        if any(other.device != backing.device for other in others):
+        if any(_on_two_mounts(other, backing) for other in others):
             log_.doubt()  # SOURCE was mounted anew, and some were opened anew there, and some not
             await self._recover(handle, request, data_only=data_only)
             return
@@ -358,7 +358,7 @@ class Requests:
                     each()
                 if fenced:
                     backing.ask()
-                if any(other.device != backing.device for other in others):
+                if any(_on_two_mounts(other, backing) for other in others):
                     raise OSError(errno.ESTALE, "open on two mounts: one cannot be opened anew where the other one is")
                 return backing.rewrite(writes, data_only=data_only)
 
@@ -664,6 +664,10 @@ class Requests:
                 success = True
             handle.returned()
         self._apply(image, image.held.probed(started_s, trio.current_time(), success=success))
+
+
+def _on_two_mounts(one: Backing, other: Backing) -> bool:
+    return one.device != other.device and bool(one.device and other.device)
 
 
 def _synced(image: Image, mark: int, resizes: int, size: int) -> None:

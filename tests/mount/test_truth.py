@@ -6,6 +6,7 @@ The flaky source has a page cache of its own here, which loses what it cannot wr
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import os
 import random
@@ -384,6 +385,9 @@ def mounted_anew(site: Site) -> FlakySource:
     syscalls.umount(str(site.folder / "flaky"), syscalls.MNT_DETACH)
     assert not (site.folder / "flaky/vm.img").exists()
     time.sleep(1)
+    with pytest.raises(OSError, match="not connected"):  # what has SOURCE's path now is not SOURCE
+        (site.folder / "mnt/wrong").write_bytes(b"wrong")
+    assert list((site.folder / "flaky").iterdir()) == []
     return FlakySource(site.real, site.folder / "flaky", site.folder / "trigger", site.folder / "flaky2.log")
 
 
@@ -404,7 +408,7 @@ def test_a_source_that_was_mounted_anew(site: Site, consumer: Callable[[], Consu
         user.begin("os.fsync(fd)")
         assert [user.result() for _ in range(2)] == [str(BLOCK), "None"]
         assert site.is_safe()
-        wait_until((mount.mountpoint / "vm.img").exists, what="names to be found again")
+        wait_until(functools.partial(os.path.exists, mount.mountpoint / "vm.img"), what="names to be found again")
         (mount.mountpoint / "new").write_bytes(b"new")
         assert (site.real / "new").read_bytes() == b"new"
         user.begin("os.fstat(fd).st_ino")

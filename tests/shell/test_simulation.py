@@ -389,6 +389,26 @@ async def test_found_growth_that_only_a_cache_has(bench: Make, autojump_clock: M
     assert 0 < kept.image.stable_size <= 4 * PAGE
 
 
+async def test_a_write_waits_while_the_log_is_written_again(bench: Make, autojump_clock: MockClock) -> None:
+    """P4: what a younger write has put there is not overwritten by the older one from the log."""
+    it = bench()
+    handle = it.open()
+    await it.requests.write(handle, 0, b"old!")
+    handle.image.log.doubt()
+    it.flights_s = [(10.0, 0.0)]  # of the recovery, which knows by now what it will write
+    synced = it.start(lambda: it.requests.sync(handle, data_only=True))
+    await trio.sleep(1)
+    written = it.start(lambda: it.requests.write(handle, 0, b"new!"))
+    beside = it.start(lambda: it.requests.write(handle, 2 * PAGE, b"new!"))
+    await trio.sleep(1)
+    assert not written
+    assert beside == [4]  # "Nothing else waits"
+    await trio.sleep(20)
+    assert (synced, written) == ([None], [4])
+    await it.requests.sync(handle, data_only=True)
+    assert it.disk.data[:4] == b"new!"
+
+
 async def test_found_a_timer_after_the_last_close(bench: Make, autojump_clock: MockClock) -> None:
     """P8: an image without handles has nobody left to whom it could work again: it is let go."""
     it = bench(policy(3))
