@@ -99,7 +99,7 @@ class Backing:
         self.serial = bool(opened.flags & os.O_DSYNC)  # whether writes come one at a time
         self.apart = opened.apart
         self.unsynced = False  # whether something was written through it since it was synced: where it is *apart*
-        self.device = _device(opened.fd)
+        self.device = opened.device
         self.generation = 0  # how often it has been opened anew
         # The shell's: whether a write is in flight; how often it has failed since it last worked, and with what; when opening
         # it anew was last tried, and why it could not be had.
@@ -195,9 +195,8 @@ class Backing:
         """One more description of the same file, for syncs: what goes wrong on this one uses up no report on that one."""
         with self._using() as fd:
             flags = self._flags & ~os.O_SYNC
-            return Backing(
-                Opened(open_same(fd, flags, self._opener), flags, stable=False, apart=self.apart), self._opener
-            )
+            new = open_same(fd, flags, self._opener)
+            return Backing(Opened(new, flags, stable=False, apart=self.apart, device=_device(new)), self._opener)
 
     def renew(self, where: Where, generation: int) -> bool:
         """Open the file anew, unless that has been done since *generation*. Returns whether it was done.

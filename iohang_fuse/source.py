@@ -360,6 +360,7 @@ class Opened(NamedTuple):
     flags: int
     stable: bool
     apart: bool = False
+    device: int = 0  # st_dev, 0 if it could not be found out
 
 
 class Where(NamedTuple):
@@ -441,6 +442,7 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
     """
     try:
         magic = syscalls.file_system_magic(data)
+        device = os.fstat(data).st_dev
     except BaseException:
         os.close(data)
         raise
@@ -451,7 +453,7 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
         except OSError:
             pass
     stable = bool(kept & os.O_DSYNC) or (bool(kept & os.O_DIRECT) and magic in _DIRECT_AND_STABLE)
-    return Opened(data, kept, stable, magic == syscalls.FUSE_SUPER_MAGIC)
+    return Opened(data, kept, stable, magic == syscalls.FUSE_SUPER_MAGIC, device)
 
 
 def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:

@@ -142,6 +142,7 @@ class Machine(RuleBasedStateMachine):
             self.writeback_fails(randoms, size=True)
 
     def acknowledge(self, write: Write) -> None:
+        same = [old for old in self.entries if (old.start, len(old.data)) == (write.start, len(write.data))]
         logged = not (write.stable and not self.entries and write.errors_before == self.log.errors)
         before = self.log.bytes
         self.log.add(write.start, write.data, stable=write.stable, errors_before=write.errors_before)
@@ -151,6 +152,9 @@ class Machine(RuleBasedStateMachine):
             put(self.kernel, write.start, write.data)  # it is on the storage: nothing could be dropped any more
         if logged:
             write.seq, write.cost = self.log.mark(), self.log.bytes - before
+            if same:  # a block that is written again is kept once
+                write.cost += same[-1].cost
+                self.entries.remove(same[-1])
             assert len(write.data) <= write.cost <= len(write.data) + 1024
             self.entries.append(write)
         else:
