@@ -469,3 +469,24 @@ def test_closing_may_fail(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         backing.close()
     monkeypatch.undo()
     assert closed == [fd_of(backing)]
+
+
+def test_found_a_closed_description_in_use(opened: Callable[..., Backing], file: Path) -> None:
+    """P5: a sync that waited while the last writer was closed must not go to that number, which may be another file's by now."""
+    backing = opened()
+    witness = backing.another()
+    number = fd_of(witness)
+    witness.close()
+    stranger = os.open(file.with_name("stranger"), os.O_RDWR | os.O_CREAT)
+    try:
+        assert stranger == number, "the kernel gives the lowest number that is free"
+        for use in (
+            lambda: witness.rewrite([(0, b"lost")], data_only=True),
+            lambda: witness.sync(data_only=True),
+            lambda: witness.write(0, b"lost"),
+        ):
+            with pytest.raises(OSError, match="closed in the meantime"):
+                use()
+        assert file.with_name("stranger").read_bytes() == b""
+    finally:
+        os.close(stranger)
