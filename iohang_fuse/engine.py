@@ -246,9 +246,8 @@ def _device(fd: int) -> int:
 
 
 def _close_quietly(fd: int) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # what was written through it is in the write log; the descriptor is gone all the same
+    # What was written through it is in the write log; the descriptor is gone all the same.
+    with contextlib.suppress(OSError):
         os.close(fd)
 
 

@@ -620,6 +620,7 @@ class Filesystem(pyfuse3.Operations):
         handle = self._requests.opened(node.id, self._name(node), Backing(opened, caller), flags)
         if handle.image.where is None:
             handle.image.where = functools.partial(self._where, node)
+            handle.image.sampled = not node.key.handle
         return handle
 
     def _where(self, node: Node, size: int) -> Where:

@@ -49,9 +49,9 @@ class Image:
         self.handles: dict[int, Handle] = {}
         self.where: Callable[[int], Where] | None = None  # how to find it by its name, given the size that is stable
         self.stable_size = 0
-        self.samples: list[
-            tuple[int, bytes]
-        ] = []  # (first byte, data) that is stable, and that nobody has tried to change since
+        # Where it has no lasting handle, what it is known by: (first byte, data), stable, that nobody has tried to change since.
+        self.sampled = True
+        self.samples: list[tuple[int, bytes]] = []
         self.capability: bytes | int | None = None  # security.capability, or the errno it gave; None: not yet asked
         self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
         self.refusal = ""  # why it could not be opened anew, as last reported
@@ -226,7 +226,8 @@ class Requests:
             except OSError as error:
                 if not any(other.writable for other in image.handles.values() if other is not handle):
                     log.error(  # noqa: TRY400 - the errno says it all
-                        "%s: closed with %d bytes that were acknowledged and are not known to be stable: %s",
+                        "%s: closed with %d bytes that were acknowledged and are not known to be stable: %s. What is in the image "
+                        "may be older than its consumer believes: check it (fsck) before it is used again.",
                         image.held.image, image.log.clear(), error,
                     )  # fmt: skip
 
@@ -672,12 +673,13 @@ def _on_two_mounts(one: Backing, other: Backing) -> bool:
 
 def _synced(image: Image, mark: int, resizes: int, size: int) -> None:
     """A sync has succeeded that began at *mark*; the file had *size* bytes then."""
-    kept = [
-        (start, data)
-        for start, data in image.log.samples(mark)
-        if not any(first < start + len(data) and start < end for first, end in image.writing.values())
-    ]
-    image.samples = [*kept, *image.samples][:SAMPLES]
+    if image.sampled:
+        kept = [
+            (start, data)
+            for start, data in image.log.samples(mark)
+            if not any(first < start + len(data) and start < end for first, end in image.writing.values())
+        ]
+        image.samples = [*kept, *image.samples][:SAMPLES]
     end = image.log.release(mark)
     if image.resizes == resizes:  # no more than was acknowledged: what lies in a cache may still be lost
         image.stable_size = max(image.stable_size, min(size, end))

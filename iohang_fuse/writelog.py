@@ -196,9 +196,8 @@ class WriteLog:
         """
         now = self.overlapping(start, start + size)
         have = len(data)
-        known = min(
-            size, max(self.end - start, end_before - start, 0)
-        )  # so far does the file reach at least; there are zeros in its gaps
+        # So far does the file reach at least; there are zeros in its gaps.
+        known = min(size, max(self.end - start, end_before - start, 0))
         if not now and not before and known <= have:
             return data
         patched = bytearray(data)
