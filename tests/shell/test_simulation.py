@@ -409,6 +409,37 @@ async def test_a_write_waits_while_the_log_is_written_again(bench: Make, autojum
     assert it.disk.data[:4] == b"new!"
 
 
+async def test_what_lands_while_the_witness_is_opened_anew_is_in_doubt(bench: Make, autojump_clock: MockClock) -> None:
+    """P3: it may have been lost, and told to somebody else, before the new description was open: a plain sync proves nothing."""
+    it = bench()
+    handle = it.open()
+    await it.requests.write(handle, 0, b"one")
+    handle.image.log.doubt()
+    it.flights_s = [(5.0, 0.0)]  # of the recovery
+    synced = it.start(lambda: it.requests.sync(handle, data_only=True))
+    await trio.sleep(1)
+    await it.requests.write(handle, 2 * PAGE, b"two")
+    await trio.sleep(10)
+    assert synced == [None]
+    assert handle.image.log.in_doubt
+    await it.requests.sync(handle, data_only=True)
+    assert not handle.image.log.in_doubt
+
+
+@pytest.mark.parametrize(("number", "doubted"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EFBIG, False)])
+async def test_a_write_that_fails_puts_the_log_in_doubt(
+    bench: Make, autojump_clock: MockClock, number: int, *, doubted: bool
+) -> None:
+    """P3: the error of a write may be the report of an earlier one's writeback (NFS): then it is used up."""
+    it = bench(policy(0))
+    handle, direct = it.open(), it.open(os.O_RDWR | os.O_DIRECT)
+    await it.requests.write(handle, 0, b"one")
+    it.failing["direct"] = Fault(number)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        await it.requests.write(direct, 2 * PAGE, b"two")
+    assert handle.image.log.in_doubt == doubted
+
+
 async def test_found_a_timer_after_the_last_close(bench: Make, autojump_clock: MockClock) -> None:
     """P8: an image without handles has nobody left to whom it could work again: it is let go."""
     it = bench(policy(3))
