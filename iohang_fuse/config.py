@@ -241,6 +241,9 @@ class Config(BaseModel):
     max_background: Annotated[int, PlainValidator(_integer(1, 65535))] = _option(
         "4096", "requests in flight that the kernel allows for this mount"
     )
+    engine: Annotated[Literal["auto", "uring", "threads"], PlainValidator(_choice("auto", "uring", "threads"))] = (
+        _option("auto", "how data I/O is done: io_uring where it can be had, or threads")
+    )
     direct: Annotated[Literal["auto", "never"], PlainValidator(_choice("auto", "never"))] = _option(
         "auto", "past the page cache where SOURCE takes that unaligned (NFS); or never"
     )
@@ -262,7 +265,7 @@ class Config(BaseModel):
 KEYS = frozenset({"timeout"} | {str(each.alias) for each in Config.model_fields.values() if each.description})
 """The options that this version has."""
 
-NOT_YET = {"engine": ("auto", "threads"), "monitor": ("none",), "metrics": ("none",)}
+NOT_YET = {"monitor": ("none",), "metrics": ("none",)}
 """Options that are to come, and the values that are true without them: nobody shall believe to have what is
 not there, and a configuration that asks for nothing more shall work today."""
 

@@ -14,6 +14,8 @@ import functools
 import logging
 import math
 import os
+import platform
+import re
 import resource
 import stat
 import time
@@ -52,6 +54,9 @@ _GONE = frozenset({errno.ESTALE, errno.ENOTCONN, errno.EIO})  # errors of a moun
 _SEARCH_EVERY_S = 1.0
 _GONE_FOR_S = 600.0  # after the last of them: how long a node's descriptor is taken for dead when it is looked up
 _CAPABILITY = b"security.capability"
+_INVALIDATES = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2]) >= (6, 6)
+"""Whether a write with FOPEN_DIRECT_IO drops what the kernel has cached of the place, as one with O_DIRECT alone does: Linux
+80e4f25262f9. Without that, who has the file open without O_DIRECT could go on reading what is no longer there."""
 
 
 def _translated(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -598,7 +603,7 @@ class Filesystem(pyfuse3.Operations):
             handle.image.truncated(0)
         if handle.image.capability is None and handle.writable:
             handle.image.capability = await self._do(source.read_capability, node.fd)
-        return FileInfo(fh=handle.number, keep_cache=False)
+        return self._told(handle)
 
     @_translated
     async def create(
@@ -614,14 +619,21 @@ class Filesystem(pyfuse3.Operations):
             handle.image.truncated(0)
         if flags & os.O_EXCL:
             handle.image.capability = errno.ENODATA
-        return FileInfo(fh=handle.number, keep_cache=False), entry
+        return self._told(handle), entry
 
     def _opened(self, node: Node, opened: source.Opened, flags: int, caller: Caller) -> Handle:
         handle = self._requests.opened(node.id, self._name(node), Backing(opened, caller), flags)
         if handle.image.where is None:
             handle.image.where = functools.partial(self._where, node)
             handle.image.sampled = not node.key.handle
+        handle.image.set_id |= opened.set_id
         return handle
+
+    def _told(self, handle: Handle) -> FileInfo:
+        # For one that is opened with O_DIRECT the kernel's cache is out of the way in either case. With FOPEN_DIRECT_IO, too,
+        # the kernel does not ask for security.capability before each write, and wait for the answer (fuse_direct_write_iter
+        # in fs/fuse/file.c). The price: such a file cannot be mapped MAP_SHARED.
+        return FileInfo(fh=handle.number, keep_cache=False, direct_io=handle.direct and _INVALIDATES)
 
     def _where(self, node: Node, size: int) -> Where:
         return Where(self._source_path, self._inodes.whereabouts(node), node.key.number, node.key.handle, size)

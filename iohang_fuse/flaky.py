@@ -45,7 +45,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyfuse3
 import trio
 
-from iohang_fuse import limits, logs, source, syscalls
+from iohang_fuse import limits, logs, receiver, source, syscalls
+from iohang_fuse.engine import Engine
 from iohang_fuse.events import Op
 from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.inodes import Node
@@ -71,6 +72,9 @@ _OPERATIONS = frozenset([*_BY_INODE, *_BY_NAME, *_BY_HANDLE, *_BY_LISTING, "stat
 
 _DIRTY_LIMIT = 64 << 20
 """Dirty bytes of one file beyond which a write waits for writeback, as the kernel's does (balance_dirty_pages)."""
+_MAX_BACKGROUND = 16384
+"""Requests that may hang here at once, as on a network file system, which has no such limit. The kernel's own, 12, would be met
+by those on one file, and stop all others: a hang that has nothing to do with the rule."""
 _END_S = 2.0
 """How long the end of the server waits for requests and writeback, which a rule may have made hang."""
 
@@ -520,9 +524,10 @@ async def _serve(
 ) -> None:
     os.umask(0)
     nothing_held = Policy(dict.fromkeys(Op, 0.0), 5.0, frozenset(), errno.EIO, share=1024)
+    requests = Requests(nothing_held, 0, [], engine=Engine("auto"))
     filesystem = FlakyFilesystem(
         source.open_root(directory),
-        Requests(nothing_held, 0, []),
+        requests,
         attr_timeout_s=0,
         entry_timeout_s=0,
         direct=False,
@@ -535,13 +540,23 @@ async def _serve(
         async with trio.open_nursery() as nursery:
             filesystem.nursery = nursery
             nursery.start_soon(filesystem.close_unwanted)
+            nursery.start_soon(requests.engine.serve)
             nursery.start_soon(_unmount_at_signal, mountpoint, nursery.cancel_scope)
-            log.info("%s is served at %s; outages as %s says; seed %d", directory, mountpoint, trigger, seed)
-            await pyfuse3.main(limits.MIN_TASKS, limits.MAX_TASKS)
+            nursery.start_soon(_announce, mountpoint, f"{directory} is served at {mountpoint}", trigger, seed)
+            await receiver.main()
             await filesystem.write_all_back()
             nursery.cancel_scope.cancel()
     finally:
         pyfuse3.close(unmount=False)
+
+
+async def _announce(mountpoint: str, what: str, trigger: str, seed: int) -> None:
+    await trio.to_thread.run_sync(os.stat, mountpoint)
+    try:
+        await trio.to_thread.run_sync(limits.set_max_background_of, mountpoint, _MAX_BACKGROUND)
+    except OSError as error:
+        log.warning("max_background stays at 12: %s. More requests than that which hang here stop all files", error)
+    log.info("%s; outages as %s says; seed %d", what, trigger, seed)
 
 
 async def _unmount_at_signal(mountpoint: str, server: trio.CancelScope) -> None:

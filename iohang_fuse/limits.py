@@ -14,7 +14,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from iohang_fuse import syscalls
+from iohang_fuse import diagnosis, syscalls
 
 MAX_TASKS = 1 << 30
 """pyfuse3's tasks: one per unanswered request. At the limit nothing is read any more, `stat` and close(2) included, so
@@ -157,6 +157,12 @@ def _a_request_fits_a_pipe() -> bool:
     finally:
         for end in ends:
             os.close(end)
+
+
+def set_max_background_of(mountpoint: str, count: int) -> None:
+    """`set_max_background` for what is mounted there on top."""
+    ours = [mounted for mounted in diagnosis.mount_table() if mounted.mountpoint == mountpoint]
+    set_max_background(ours[-1].device_minor, count)
 
 
 def set_max_background(device_minor: int, count: int) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from iohang_fuse import background, diagnosis, limits, logs, source, syscalls
+from iohang_fuse import background, diagnosis, limits, logs, receiver, source, syscalls
 from iohang_fuse.config import Config
+from iohang_fuse.engine import Engine, Unavailable
 from iohang_fuse.events import Event, Op
 from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.messages import error_words, sentence
@@ -165,12 +166,17 @@ class _Server:
         self._config = config
         self._mountpoint = mountpoint
         self._started = started
+        try:
+            engine = Engine(config.engine)
+        except Unavailable as error:
+            raise Refusal(EX_SYSTEM, f"engine uring is not to be had: {error}; or say engine=auto") from None
         self._requests = Requests(
             _policy(config),
             config.held_limit_bytes,
             [self._log_event],
             write_log=config.write_log_bytes,
             price=limits.price_of_held_bytes(),
+            engine=engine,
         )
         self._unmounted = False
         self._detached = False
@@ -208,7 +214,7 @@ class _Server:
                 nursery.start_soon(self._requests.serve, nursery)
                 nursery.start_soon(self._mind_signals, nursery)
                 nursery.start_soon(self._announce)
-                await pyfuse3.main(limits.MIN_TASKS, limits.MAX_TASKS)
+                await receiver.main()
                 nursery.cancel_scope.cancel()
         finally:
             # Never unmount here. After umount(8) there is nothing to do; after a crash the mount must stay in the way
@@ -228,7 +234,7 @@ class _Server:
             await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, syscalls.MNT_DETACH)
             return
         try:
-            await trio.to_thread.run_sync(self._set_max_background)
+            await trio.to_thread.run_sync(limits.set_max_background_of, self._mountpoint, self._config.max_background)
         except OSError as error:
             log.warning(
                 "max_background stays at the kernel's default (12): %s. While more requests than that are held, every image "
@@ -237,16 +243,14 @@ class _Server:
             )
         for problem in _limit_problems(self._config):
             log.warning("%s", problem.text)
+        engine = self._requests.engine
+        log.info("data I/O: engine %s%s", engine.name, f" ({engine.why_not})" if engine.why_not else "")
         timeout_s = _longest_timeout_s(self._config)
         log.info(
             "%s is served at %s by process %d: a failed request is tried every %g s and held for up to %s s",
             self._config.source, self._mountpoint, os.getpid(), _policy(self._config).interval_s, f"{timeout_s:g}",
         )  # fmt: skip
         self._started.serving()
-
-    def _set_max_background(self) -> None:
-        ours = [mounted for mounted in diagnosis.mount_table() if mounted.mountpoint == self._mountpoint]
-        limits.set_max_background(ours[-1].device_minor, self._config.max_background)
 
     # ---- signals
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -33,23 +32,35 @@ def blocks(start: int, end: float) -> range:
     return range(start >> _BLOCK_BITS, (int(end) - 1 >> _BLOCK_BITS) + 1)
 
 
-@dataclass(slots=True, eq=False)
 class Turn(Generic[T]):
     """The place in the order of one request, which is *whose*. Its bytes are `start <= byte < end`."""
 
-    whose: T
-    seq: int
-    start: int
-    end: float
-    kind: str
-    before: set[Turn[T]] = field(default_factory=set)  # writes that it waits for
-    after: dict[Turn[T], None] = field(default_factory=dict)  # who waits for it, oldest first
-    waits: bool = False
-    left: bool = False
+    # Not a dataclass, and no set before there is something in it: one is made for each write.
+    __slots__ = ("after", "before", "end", "kind", "left", "seq", "start", "waits", "whose")
+
+    def __init__(self, whose: T, seq: int, start: int, end: float, kind: str) -> None:
+        self.whose = whose
+        self.seq = seq
+        self.start = start
+        self.end = end
+        self.kind = kind
+        self.before: set[Turn[T]] | None = None  # writes that it waits for
+        self.after: dict[Turn[T], None] | None = None  # who waits for it, oldest first
+        self.waits = False
+        self.left = False
 
     def overlaps(self, start: int, end: float) -> bool:
         """Whether it has a byte of that range."""
         return self.start < end and start < self.end
+
+    def wait_for(self, others: set[Turn[T]]) -> None:
+        """It goes when none of *others*, which are added to those before it, is left."""
+        self.before = others if self.before is None else self.before | others
+        for other in others:
+            if other.after is None:
+                other.after = {}
+            other.after[self] = None
+        self.waits = True
 
 
 class Ordering(Generic[T]):
@@ -67,6 +78,10 @@ class Ordering(Generic[T]):
         """A read arrives. `waits` says whether it may go."""
         return self._arrive(whose, start, end, "read")
 
+    def obstructed(self, start: int, end: float) -> bool:
+        """Whether a read that arrives now would have to wait."""
+        return self.writes > 0 and next(self._earlier(start, end), None) is not None
+
     def write(self, whose: T, start: int, end: float) -> Turn[T]:
         """A write arrives, or with *end* infinite a change of size to *start*."""
         turn = self._arrive(whose, start, end, "write")
@@ -76,14 +91,19 @@ class Ordering(Generic[T]):
             self._wide[turn] = None
         else:
             for number in blocks(start, end):
-                self._blocks.setdefault(number, {})[turn] = None
+                block = self._blocks.get(number)
+                if block is None:
+                    self._blocks[number] = {turn: None}
+                else:
+                    block[turn] = None
         return turn
 
     def sync(self, whose: T) -> Turn[T]:
         """An fsync arrives."""
         self._seq += 1
-        turn = Turn(whose, self._seq, 0, 0, "sync", waits=self.writes > 0)
-        if turn.waits:
+        turn = Turn(whose, self._seq, 0, 0, "sync")
+        if self.writes:
+            turn.waits = True
             self._syncs[turn] = None
         return turn
 
@@ -94,37 +114,38 @@ class Ordering(Generic[T]):
             self._forget(turn)
         elif turn.kind == "sync":
             self._syncs.pop(turn, None)
-        for other in turn.before:
-            other.after.pop(turn, None)
+        freed = self._freed(turn) if turn.before or turn.after else []
+        if self._syncs:
+            freed += self._synced()
+        return freed
+
+    def _freed(self, turn: Turn[T]) -> list[T]:
+        before, after, turn.before, turn.after = turn.before or set(), turn.after or {}, None, None
+        for other in before:
+            if other.after is not None:
+                other.after.pop(turn, None)
         freed = []
-        for waiter in turn.after:
+        for waiter in after:
+            assert waiter.before is not None
             waiter.before.discard(turn)
             # Who left without its turn still has others before it, for which the waiter relied on it.
-            for other in turn.before:
-                if other.overlaps(waiter.start, waiter.end):
-                    waiter.before.add(other)
-                    other.after[waiter] = None
+            waiter.wait_for({other for other in before if other.overlaps(waiter.start, waiter.end)})
             if not waiter.before:
                 waiter.waits = False
                 freed.append(waiter.whose)
-        turn.before.clear()
-        turn.after.clear()
-        freed += self._synced()
         return freed
 
     def _arrive(self, whose: T, start: int, end: float, kind: str) -> Turn[T]:
         self._seq += 1
         turn = Turn(whose, self._seq, start, end, kind)
-        turn.before.update(self._earlier(start, end))
-        for other in turn.before:
-            other.after[turn] = None
-        turn.waits = bool(turn.before)
+        if self.writes:
+            earlier = {*self._earlier(start, end)}
+            if earlier:
+                turn.wait_for(earlier)
         return turn
 
     def _earlier(self, start: int, end: float) -> Iterator[Turn[T]]:
         """Writes to wait for: with those that they wait for themselves, all that overlap the range."""
-        if not self.writes:
-            return
         if end == math.inf:
             yield from (turn for turn in self._unfinished if not turn.left and turn.overlaps(start, end))
             return
@@ -135,8 +156,8 @@ class Ordering(Generic[T]):
                     break
         for number in blocks(start, end):
             low, high = max(start, number << _BLOCK_BITS), min(end, (number + 1) << _BLOCK_BITS)
-            for turn in reversed(self._blocks.get(number, {})):
-                if turn.overlaps(low, high):
+            for turn in reversed(self._blocks.get(number, ())):
+                if turn.start < high and low < turn.end:
                     yield turn
                     if turn.start <= low and high <= turn.end:
                         break

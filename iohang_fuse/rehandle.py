@@ -8,7 +8,8 @@
 4. A request has one deadline. It is set once, when the request first fails or has to wait in a sick image, and nothing
    but an operator moves it (P2).
 5. Who has waited longest since arrival or last attempt goes first. So every wait for a turn ends: by age alone, eight
-   bad sectors that fail slowly would keep the gate to themselves (P8).
+   bad sectors that fail slowly would keep the gate to themselves (P8). What a success of another sets free goes by age: each
+   of these is tried once, and whoever fails again is stubborn (below).
 6. Before its first attempt a request waits for its turn in the order of ordering.py; it gives its place up when it ends.
    Before each attempt a write also waits for room in the write log (`set_room`).
 7. Each attempt that is started (TRYING) is reported exactly once: `succeeded`, `failed`, `returned` or `cancelled`.
@@ -37,7 +38,7 @@ from iohang_fuse.ordering import Fences, Ordering, Turn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-SHARE = 16
+SHARE = 64
 """Attempts in flight for one image while it is healthy: enough to keep a network busy, and 200 images that all block at
 once still stay within systemd's default TasksMax (4915)."""
 
@@ -91,15 +92,10 @@ class HeldBytes:
         self.held -= count * self.price
 
 
-@dataclass(slots=True, eq=False)
 class Request:
     """One read, write or fsync, from its arrival to its answer."""
 
-    seq: int
-    op: Op
-    offset: int
-    length: int
-    arrived_s: float
+    # What most requests never change are the class's own: one is made for each request.
     state: State = State.WAITING
     attempts: int = 0
     started_s: float = 0.0  # of the latest attempt
@@ -114,6 +110,13 @@ class Request:
     answer: int | None = None  # the errno to answer, once ENDED by a give-up
     wake: Callable[[], None] | None = None  # the shell's: whoever waits for this request's next state
 
+    def __init__(self, seq: int, op: Op, offset: int, length: int, arrived_s: float) -> None:
+        self.seq = seq
+        self.op = op
+        self.offset = offset
+        self.length = length
+        self.arrived_s = arrived_s
+
     @property
     def waits_since_s(self) -> float:
         """When its latest attempt failed, or else when it arrived."""
@@ -127,6 +130,10 @@ class Step:
     events: list[Event] = field(default_factory=list)
     woken: list[Request] = field(default_factory=list)
     probe: bool = False
+
+
+NOTHING = Step()
+"""What most calls have led to. Nothing is ever added to it."""
 
 
 class RehandleList:
@@ -200,6 +207,10 @@ class RehandleList:
             heapq.heappop(self._deadlines)
         return min(self._tick_s, self._deadlines[0][0]) if self._deadlines else self._tick_s
 
+    def may_read_at_once(self, start: int, end: int) -> bool:
+        """Whether a read of these bytes that takes no time needs no `arrive`: the image is well, and nothing is before it."""
+        return self._hang is None and not self.timed_out and not self._order.obstructed(start, end)
+
     # ---- what happens to a request
 
     def arrive(
@@ -212,18 +223,18 @@ class RehandleList:
         """
         self._seq += 1
         self._live += 1
-        request = Request(self._seq, op, offset, length, arrived_s=now)
-        step = Step()
+        request = Request(self._seq, op, offset, length, now)
         if ordered:
             request.turn = self._take_place(request, offset + length if end is None else end)
         behind = request.turn is not None and request.turn.waits
         if not behind and not self._ready and self.in_flight < self._slots and self._has_room(request):
             self._start(request, now)
-            return request, step
+            return request, NOTHING
+        step = Step()
         if behind:
             self._behind[request.seq] = request
         else:
-            self._push_ready(request)
+            self._push_ready(request, request.waits_since_s)
             self._pump(now, step)
         if self.sick and request.state is State.WAITING:
             self._limit_wait(request, now)
@@ -234,22 +245,23 @@ class RehandleList:
                 self._pump(now, step)
         return request, step
 
-    def _take_place(self, request: Request, end: float) -> Turn[Request]:
-        match request.op:
-            case Op.READ:
-                return self._order.read(request, request.offset, end)
-            case Op.WRITE:
-                return self._order.write(request, request.offset, end)
-            case Op.FSYNC:
-                return self._order.sync(request)
+    def _take_place(self, request: Request, end: float) -> Turn[Request] | None:
+        op = request.op
+        if op is Op.WRITE:
+            return self._order.write(request, request.offset, end)
+        if not self._order.writes:
+            return None  # nobody waits for it, and it waits for nobody
+        return self._order.sync(request) if op is Op.FSYNC else self._order.read(request, request.offset, end)
 
     def succeeded(self, request: Request, now: float) -> Step:
         """The attempt of *request* has succeeded; it is answered by its own coroutine."""
         if request.state is State.ENDED:
             return self.returned(now)  # a read, given up in the moment in which its attempt returned
-        step = Step()
         del self._trying[request.seq]
         self._end(request)
+        if not (self._ready or request.held or self.sick):
+            return NOTHING
+        step = Step()
         # What began before the trouble did says nothing about it, unless it was what had not returned.
         if self.sick and (request.held or request.started_s >= self._sick_since_s):
             self._recover(request.started_s, now, step, everyone=request.stubborn)
@@ -437,12 +449,13 @@ class RehandleList:
         request.started_s = now
         self._trying[request.seq] = request
 
-    def _push_ready(self, request: Request) -> None:
-        heapq.heappush(self._ready, (request.waits_since_s, request.seq, request))
+    def _push_ready(self, request: Request, since_s: float) -> None:
+        heapq.heappush(self._ready, (since_s, request.seq, request))
 
-    def _ready_again(self, request: Request) -> bool:
+    def _ready_again(self, request: Request, *, oldest_first: bool = False) -> bool:
+        """*oldest_first*: by arrival, and not by its latest attempt."""
         if request.state is State.WAITING:
-            self._push_ready(request)
+            self._push_ready(request, request.arrived_s if oldest_first else request.waits_since_s)
         return request.state is State.WAITING
 
     def _wait_again(self, request: Request) -> None:
@@ -545,7 +558,7 @@ class RehandleList:
         for queue in (self._idle, self._stubborn) if everyone else (self._idle,):
             while queue and queue[0].failed_s <= started_s:
                 request = queue.popleft()
-                request.freed = self._ready_again(request)
+                request.freed = self._ready_again(request, oldest_first=not request.stubborn)
 
     def _leave_timed_out(self, now: float, step: Step) -> None:
         self.timed_out = False
@@ -603,12 +616,14 @@ class RehandleList:
     def _end(self, request: Request) -> None:
         """*request* is over. Whose turn in the order has come is ready: the caller pumps."""
         request.state = State.ENDED
-        self._behind.pop(request.seq, None)
-        if request.turn is not None:
-            for next_one in self._order.leave(request.turn):
-                if self._behind.pop(next_one.seq, None) is not None:
-                    self._push_ready(next_one)
+        if self._behind:
+            self._behind.pop(request.seq, None)
+        turn = request.turn
+        if turn is not None:
             request.turn = None
+            for next_one in self._order.leave(turn):
+                if self._behind.pop(next_one.seq, None) is not None:
+                    self._push_ready(next_one, next_one.waits_since_s)
         self._live -= 1
         self._dead += 1
         if self._dead > self._live + 64:

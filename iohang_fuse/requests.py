@@ -17,15 +17,15 @@ import errno
 import logging
 import math
 import os
-import threading
+import stat
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from iohang_fuse.engine import Abandoned, Backing, Flight
+from iohang_fuse.engine import Abandoned, Backing, Engine, Transfer
 from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
 from iohang_fuse.ordering import Fences
-from iohang_fuse.rehandle import HeldBytes, Policy, RehandleList, Request, State, Step
+from iohang_fuse.rehandle import NOTHING, HeldBytes, Policy, RehandleList, Request, State, Step
 from iohang_fuse.source import NotTheSame, Where
 from iohang_fuse.writelog import SAMPLES, WriteLog
 
@@ -51,6 +51,7 @@ class Image:
         self.stable_size = 0
         # Where it has no lasting handle, what it is known by: (first byte, data), stable, that nobody has tried to change since.
         self.sampled = True
+        self.set_id = False  # whether it may have set-ID bits
         self.samples: list[tuple[int, bytes]] = []
         self.capability: bytes | int | None = None  # security.capability, or the errno it gave; None: not yet asked
         self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
@@ -64,13 +65,14 @@ class Image:
         self.synced = {True: 0, False: 0}  # the latest of these that has succeeded, for data alone and for all
         self.resizes = 0  # changes of size that have begun or ended
         self.witness: Backing | None = None
-        self._witness_lock = threading.Lock()
+        self.opening_witness = False  # a writer is about to
         self._stat: os.stat_result | None = None
         self._size = 0  # as it is since those attributes were read, by what has been written and cut
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
         self._stat, self._size = attributes, attributes.st_size
+        self.set_id = bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID))
 
     def wrote(self, end: int) -> None:
         """A write up to *end* has succeeded."""
@@ -85,25 +87,17 @@ class Image:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
         return None if self._stat is None else (self._stat, self._size)
 
-    def have_witness(self, writer: Backing, transient: frozenset[int]) -> bool:
-        """Whether there is a witness; if not yet, open it. In a thread, before a write that will be in the log.
+    def open_witness(self, writer: Backing, transient: frozenset[int]) -> None:
+        """Open the witness, if it can be had. In a thread, by one writer at a time, before its write.
 
         Raises what is *transient*. Nothing else is a reason to fail a write: who may open the file no more, no descriptor left,
         a file system that finds an unlinked file no more.
         """
-        # Who comes while another one opens it does not wait for that: it may take as long as an attempt.
-        if not self._witness_lock.acquire(blocking=False):
-            return False
         try:
-            if self.witness is None:
-                self.witness = writer.another()
+            self.witness = writer.another()
         except OSError as error:
             if error.errno in transient:
                 raise
-            return False
-        finally:
-            self._witness_lock.release()
-        return True
 
     def to_sync(self, handle: Handle) -> Backing | None:
         """What a sync on *handle* has to sync. None if it was closed while its request waited, and nobody may write any more."""
@@ -154,8 +148,10 @@ class Requests:
         *,
         write_log: int = 0,
         price: int = 1,
+        engine: Engine | None = None,
     ) -> None:
         """*write_log*: bytes per image, 0 for none. *price*: what a byte of held data costs, see `HeldBytes`."""
+        self.engine = Engine() if engine is None else engine
         self._policy = policy
         self._held_bytes = HeldBytes(held_limit, price=price)
         self._write_log = write_log
@@ -173,6 +169,7 @@ class Requests:
     async def serve(self, nursery: trio.Nursery) -> None:
         """Watch for attempts that do not return; timers run in *nursery* while an image is sick. Never returns."""
         self._nursery = nursery
+        nursery.start_soon(self.engine.serve)
         pause_s = min(1.0, self._policy.blocked_after_s / 4)
         while True:
             await trio.sleep(pause_s)
@@ -235,12 +232,20 @@ class Requests:
 
     async def read(self, handle: Handle, offset: int, size: int) -> bytes:
         """Up to *size* bytes at *offset*. Raises OSError when it was given up or its error is passed on."""
-        written = handle.image.log
+        image, backing = handle.image, handle.backing
+        written = image.log
+        if backing.reads_cached and not backing.failures and image.held.may_read_at_once(offset, offset + size):
+            cached = backing.read_cached(offset, size)
+            if cached is not None:
+                if written.end > offset:
+                    return written.overlay(offset, size, cached, (), written.end)
+                return cached
+        work = Transfer(backing, offset, size)
 
         async def attempt(request: Request) -> bytes:
             # The storage may have dropped what a failed writeback left in its cache; the log has it.
             before, end_before = written.overlapping(offset, offset + size), written.end
-            data = await self._fly(handle, request, lambda: handle.backing.read(offset, size))
+            data: bytes = await self._fly(handle, request, work)  # type: ignore[arg-type]
             return written.overlay(offset, size, data, before, end_before)
 
         return await self.run(handle, Op.READ, offset, size, attempt)
@@ -248,29 +253,51 @@ class Requests:
     async def write(self, handle: Handle, offset: int, data: bytes) -> int:
         """Write all of *data* at *offset*. Raises OSError when it was given up or its error is passed on."""
         image, backing = handle.image, handle.backing
-        end = offset + len(data)
-
-        def work() -> tuple[int, bool]:
-            witnessed = (
-                not image.log.limit
-                or backing.stable
-                or image.witness is not None
-                or image.have_witness(backing, self._policy.errors)
-            )
-            return backing.write(offset, data), witnessed
+        size = len(data)
+        end = offset + size
 
         async def attempt(request: Request) -> int:
+            if image.opening_witness:
+                # All that come at once to a file that was just opened: without a witness, each would put the log in doubt.
+                await self._wait(image, request, lambda: image.opening_witness)
             errors = image.log.errors
-            written, witnessed = await self._fly_writing(handle, request, offset, end, work)
-            if not witnessed:
-                image.log.doubt()
-            image.log.add(offset, data, stable=backing.stable, errors_before=errors)
-            image.wrote(end)
-            if backing.stable:
-                image.stable_size = max(image.stable_size, end)
+            work: Callable[[], int] = Transfer(backing, offset, size, data, as_opener=image.set_id)  # type: ignore[assignment]
+            if image.witness is None and image.log.limit and not backing.stable:
+                return await self._write_first(handle, request, offset, data, work)
+            written = await self._fly_writing(handle, request, offset, end, work)
+            self._written(handle, offset, data, errors)
             return written
 
-        return await self.run(handle, Op.WRITE, offset, len(data), attempt)
+        return await self.run(handle, Op.WRITE, offset, size, attempt)
+
+    async def _write_first(
+        self, handle: Handle, request: Request, offset: int, data: bytes, write: Callable[[], int]
+    ) -> int:
+        """A write to an image that has no witness yet: open it, in the same thread and before it."""
+        image, errors = handle.image, handle.image.log.errors
+
+        def work() -> int:
+            image.open_witness(handle.backing, self._policy.errors)
+            return write()
+
+        image.opening_witness = True
+        try:
+            written = await self._fly_writing(handle, request, offset, offset + len(data), work)
+        finally:
+            image.opening_witness = False
+            image.bystanders.unpark_all()
+        if image.witness is None:
+            image.log.doubt()
+        self._written(handle, offset, data, errors)
+        return written
+
+    def _written(self, handle: Handle, offset: int, data: bytes, errors_before: int) -> None:
+        """A write has succeeded, and is about to be acknowledged."""
+        image, stable, end = handle.image, handle.backing.stable, offset + len(data)
+        image.log.add(offset, data, stable=stable, errors_before=errors_before)
+        image.wrote(end)
+        if stable:
+            image.stable_size = max(image.stable_size, end)
 
     async def truncate(self, handle: Handle, size: int) -> None:
         """Change the image's size through *handle*."""
@@ -442,17 +469,20 @@ class Requests:
     async def _fly_writing(self, handle: Handle, request: Request, start: int, end: float, work: Callable[[], T]) -> T:
         """`_fly` for what changes these bytes: not while they are written again from the log, nor before the storage answers."""
         image, backing = handle.image, handle.backing
-        await self._wait(
-            image,
-            request,
-            lambda: (image.recovering and bool(image.log.overlapping(start, end))) or (backing.serial and backing.busy),
-        )
+        if image.recovering or backing.serial:
+            await self._wait(
+                image,
+                request,
+                lambda: (
+                    (image.recovering and bool(image.log.overlapping(start, end))) or (backing.serial and backing.busy)
+                ),
+            )
         image.writing[request] = start, end
         if image.samples:
             image.samples = [(at, data) for at, data in image.samples if end <= at or at + len(data) <= start]
         backing.busy = True
         try:
-            if not image.held.fences.stand(start, end):
+            if not image.held.fences or not image.held.fences.stand(start, end):
                 return await self._fly(handle, request, work)
 
             def asked_before() -> T:
@@ -465,20 +495,21 @@ class Requests:
         finally:
             backing.busy = False  # where it means something, nobody else is in it
             del image.writing[request]
-            image.bystanders.unpark_all()
+            if image.bystanders:
+                image.bystanders.unpark_all()
 
     async def _fly(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
         """Have *work* done in a thread; where *handle* seems to be dead, on a backing file that is opened anew."""
         image, backing = handle.image, handle.backing
-        seems_dead = backing.failures >= (1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD)
-        if not seems_dead or trio.current_time() < backing.renewed_s + self._policy.interval_s / 2:
-            attempt = work
-        else:
-            renew = self._renewal(image, backing)
+        attempt = work
+        if backing.failures:
+            seems_dead = backing.failures >= (1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD)
+            if seems_dead and trio.current_time() >= backing.renewed_s + self._policy.interval_s / 2:
+                renew = self._renewal(image, backing)
 
-            def attempt() -> T:
-                renew()
-                return work()
+                def attempt() -> T:
+                    renew()
+                    return work()
 
         try:
             result = await self._attempt(handle, request, attempt)
@@ -487,7 +518,8 @@ class Requests:
             backing.errno = error.errno
             raise
         finally:
-            self._report_refusal(image, backing)
+            if backing.refusal is not None:
+                self._report_refusal(image, backing)
         backing.failures = 0
         return result
 
@@ -524,7 +556,7 @@ class Requests:
             handle.returned()
             self._apply(image, image.held.returned(trio.current_time()))
 
-        flight = Flight(work, late)
+        flight = self.engine.flight(work, late, calm=not image.held.sick)
         request.wake = flight.abandon
         handle.in_use += 1
         self._aloft.add(request)
@@ -578,13 +610,9 @@ class Requests:
         """Do what a decision says: tell the listeners, wake the requests, set the timer, send the probe."""
         if image.log.full == image.held.room:
             more = image.held.set_room(trio.current_time(), room=not image.log.full)
-            step.events += more.events
-            step.woken += more.woken
-        for event in step.events:
-            self._tell(image, event)
-        for request in step.woken:
-            if request.wake is not None:
-                request.wake()
+            step = Step([*step.events, *more.events], [*step.woken, *more.woken], step.probe)
+        if step is not NOTHING:
+            self._tell_and_wake(image, step)
         if image.held.sick and self._nursery is not None:
             if image.timer is None:
                 image.timer = trio.CancelScope()
@@ -596,6 +624,13 @@ class Requests:
         if image.log.sync_is_due and not (image.syncing or image.held.timed_out) and self._nursery is not None:
             image.syncing = True
             self._nursery.start_soon(self._sync_by_itself, image, name=f"sync of {image.held.image}")
+
+    def _tell_and_wake(self, image: Image, step: Step) -> None:
+        for event in step.events:
+            self._tell(image, event)
+        for request in step.woken:
+            if request.wake is not None:
+                request.wake()
         if step.probe and self._nursery is not None:
             self._nursery.start_soon(self._probe, image, name=f"probe of {image.held.image}")
 
@@ -657,7 +692,7 @@ class Requests:
 
             handle.in_use += 1
             try:
-                await Flight(work, handle.returned).land()
+                await self.engine.flight(work, handle.returned).land()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is no sign that the image works
                 image.log.doubt()
                 log.debug("%s: probe at %d: %s", image.held.image, offset, error)

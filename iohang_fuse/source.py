@@ -37,6 +37,14 @@ _DIRECT = frozenset({
 })  # fmt: skip
 # Of these, NFS has committed a direct write before it answers (nfs_direct_write_completion); the others may not have.
 _DIRECT_AND_STABLE = frozenset({syscalls.NFS_SUPER_MAGIC})
+# Where io_uring's own threads wait for nothing but the machine they run on.
+_LOCAL = frozenset({
+    syscalls.EXT4_SUPER_MAGIC,
+    syscalls.XFS_SUPER_MAGIC,
+    syscalls.BTRFS_SUPER_MAGIC,
+    syscalls.F2FS_SUPER_MAGIC,
+    syscalls.TMPFS_MAGIC,
+})  # fmt: skip
 _KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 
 
@@ -354,6 +362,14 @@ class Opened(NamedTuple):
 
     *apart*: a sync of another description of the file may not cover what was written through this one (FUSE: the server
     decides, and some buffer for each open file).
+
+    *nowait*: reads can be asked for what is in the page cache, and for no more (RWF_NOWAIT). *set_id*: it had set-user-ID or
+    set-group-ID bits, which a write has to clear.
+
+    *ring_reads*, *ring_writes*: io_uring is a way for them. The kernel has one thread at a time for all writes to a file, and
+    for those to one in 64 of the others (io_wq_hash_work in io_uring/io_uring.c): one that does not return would be in the way
+    of other images (P7). So it is a way where that thread's part is short: local file systems, which write to memory, and
+    direct I/O over a network, which goes on without it; but for FUSE, where a write waits for those before it.
     """
 
     fd: int
@@ -361,6 +377,10 @@ class Opened(NamedTuple):
     stable: bool
     apart: bool = False
     device: int = 0  # st_dev, 0 if it could not be found out
+    nowait: bool = False
+    ring_reads: bool = False
+    ring_writes: bool = False
+    set_id: bool = False
 
 
 class Where(NamedTuple):
@@ -442,7 +462,7 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
     """
     try:
         magic = syscalls.file_system_magic(data)
-        device = os.fstat(data).st_dev
+        attributes = os.fstat(data)
     except BaseException:
         os.close(data)
         raise
@@ -452,8 +472,29 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
             kept |= os.O_DIRECT
         except OSError:
             pass
+    ring = magic in _LOCAL or (magic in _DIRECT and bool(kept & os.O_DIRECT))
     stable = bool(kept & os.O_DSYNC) or (bool(kept & os.O_DIRECT) and magic in _DIRECT_AND_STABLE)
-    return Opened(data, kept, stable, magic == syscalls.FUSE_SUPER_MAGIC, device)
+    return Opened(
+        data,
+        kept,
+        stable,
+        magic == syscalls.FUSE_SUPER_MAGIC,
+        attributes.st_dev,
+        nowait=magic in _LOCAL and _has_nowait(data),
+        ring_reads=ring,
+        ring_writes=ring and magic != syscalls.FUSE_SUPER_MAGIC,
+        set_id=bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID)),
+    )
+
+
+def _has_nowait(data: int) -> bool:
+    try:
+        os.preadv(data, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except (
+        OSError
+    ) as error:  # EOPNOTSUPP; EBADF where it was opened for writing alone; EAGAIN: yes, but not in the cache
+        return error.errno == errno.EAGAIN
+    return True
 
 
 def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:

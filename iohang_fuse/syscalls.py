@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import platform
 from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_brief = ctypes.PyDLL(
+    None
+)  # keeps the interpreter's lock: for calls that take less time than giving it up and getting it back
 # setgroups(2) by number: asm/unistd.h
 _SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "ppc64le": 81, "s390x": 206, "riscv64": 159}[platform.machine()]
+_SYS_IO_URING_REGISTER, _SYS_CACHESTAT = 427, 451  # asm-generic/unistd.h: the same everywhere
+_IORING_REGISTER_IOWQ_MAX_WORKERS = 19  # linux/io_uring.h
 _MAX_HANDLE_SZ = 128  # linux/exportfs.h
 _AT_FDCWD = -100
 _AT_EACCESS = 0x200
@@ -28,6 +34,11 @@ FUSE_SUPER_MAGIC = 0x65735546
 CIFS_SUPER_MAGIC = 0xFF534D42
 SMB2_SUPER_MAGIC = 0xFE534D42
 CEPH_SUPER_MAGIC = 0x00C36400
+EXT4_SUPER_MAGIC = 0xEF53
+XFS_SUPER_MAGIC = 0x58465342
+BTRFS_SUPER_MAGIC = 0x9123683E
+F2FS_SUPER_MAGIC = 0xF2F52010
+TMPFS_MAGIC = 0x01021994
 
 
 class _FileHandle(ctypes.Structure):
@@ -40,6 +51,15 @@ class _FileHandle(ctypes.Structure):
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
+
+
+class _Cachestat(ctypes.Structure):
+    """struct cachestat of linux/mman.h: numbers of pages."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("nr_cache", "nr_dirty", "nr_writeback", "nr_evicted", "nr_recently_evicted")
+    )
 
 
 def _check(result: int, *names: bytes) -> None:
@@ -106,6 +126,34 @@ def file_system_magic(fd: int) -> int:
     buffer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type is its first word
     _check(_libc.fstatfs(fd, buffer))
     return int(ctypes.cast(buffer, ctypes.POINTER(ctypes.c_long))[0]) & 0xFFFFFFFF
+
+
+_range = (ctypes.c_uint64 * 2)()
+_cachestat = _Cachestat()
+_brief.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+_brief.syscall.restype = ctypes.c_long
+_ADDRESSES = ctypes.addressof(_range), ctypes.addressof(_cachestat)
+
+
+def is_cached(fd: int, offset: int, size: int) -> bool:
+    """Whether all these bytes of a file are in the kernel's page cache, as cachestat(2) says (Linux 6.5). Never waits.
+
+    For one thread alone: the structures are shared, because this stands before each small read.
+    """
+    _range[0], _range[1] = offset, size
+    if _brief.syscall(_SYS_CACHESTAT, fd, *_ADDRESSES, 0) != 0:
+        return False
+    pages = (offset + size - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
+    return bool(_cachestat.nr_cache >= pages)
+
+
+def set_ring_workers(ring_fd: int, count: int) -> None:
+    """Let io_uring have *count* threads of the kernel for files. Raises EINVAL before Linux 5.15."""
+    counts = (ctypes.c_uint32 * 2)(count, 0)  # bounded: regular files; unbounded: 0 leaves it as it is
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_IO_URING_REGISTER), ring_fd, _IORING_REGISTER_IOWQ_MAX_WORKERS, ctypes.byref(counts), 2
+    )
+    _check(result)
 
 
 def mount(source: str, target: str, fstype: str) -> None:

@@ -335,7 +335,7 @@ def test_all_problems_at_once(yaml) -> None:
     """Whoever mends one line finds no second one behind it: every problem is told, each with its key."""
     path = yaml("interval: soon\ntimeot: 5\n")
     found = problems(
-        f"config={path},remount,timeout=-1,direct=x,recovery_gate=0,wat,errors=EPERM,engine=uring", source=""
+        f"config={path},remount,timeout=-1,direct=x,recovery_gate=0,wat,errors=EPERM,engine=fast", source=""
     )
     keys = [
         "SOURCE",
@@ -356,9 +356,9 @@ def test_all_problems_at_once(yaml) -> None:
 
 def test_what_has_not_landed_is_not_silently_ignored(yaml) -> None:
     """An option of a later version is accepted only with the value that is true of this one."""
-    assert settings("engine=auto,monitor=none,metrics=none") == settings()
-    assert settings("engine=threads", file=yaml("monitor: none\nmetrics: none\n")) == settings()
-    for option in ("engine=uring", "monitor=/run/x.sock", "metrics=localhost:9000"):
+    assert settings("monitor=none,metrics=none") == settings()
+    assert settings(file=yaml("monitor: none\nmetrics: none\n")) == settings()
+    for option in ("monitor=/run/x.sock", "metrics=localhost:9000"):
         key, value = option.split("=")
         assert problem(option).startswith(f"option {key}: this version does not have '{value}' yet; say ")
         assert f":1: {key}: this version does not" in problem(file=yaml(f"{key}: {value}"))

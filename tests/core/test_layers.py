@@ -15,13 +15,19 @@ PACKAGE = Path(iohang_fuse.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "writelog"}
-EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount"}
+EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver"}
 SHELL = {*MODULES} - PURE - EDGE
 
 IMPURE = {"asyncio", "concurrent", "io", "os", "pathlib", "pyfuse3", "random", "select", "signal", "socket", "subprocess",
           "threading", "time", "trio"}  # fmt: skip
 WORDS_OF_OS = {"strerror", "fsencode", "fsdecode"}  # tables and spellings: no system call
-FUSE = {"filesystem", "mount", "keeper", "flaky"}  # flaky is a second file system, the tests' and rehearsals' own
+FUSE = {
+    "filesystem",
+    "mount",
+    "keeper",
+    "flaky",
+    "receiver",
+}  # flaky is a second file system, the tests' and rehearsals' own
 
 
 def tree(module: str) -> ast.Module:

@@ -310,7 +310,7 @@ def test_one_old_write_does_not_keep_what_came_after_it(kind: str) -> None:
         order.leave(turn)
         del turn, whose
     assert sum(ref() is not None for ref in seen) <= 2 + 64
-    assert len(old.after) == 0
+    assert not old.after
     assert len(order._blocks) == 16
     order.leave(old)
     assert_empty(order)

@@ -141,13 +141,13 @@ class OrderingMachine(RuleBasedStateMachine):
     def who_waits_for_whom_is_known_on_both_sides(self) -> None:
         """Nobody waits for one that has left, that does not overlap, or that came later."""
         for turn in self.live.values():
-            for other in turn.before:
+            for other in turn.before or ():
                 assert self.live[other.whose] is other
                 assert other.whose < turn.whose
                 assert other.kind == "write"
                 assert other.overlaps(turn.start, turn.end)
                 assert turn in other.after
-            for other in turn.after:
+            for other in turn.after or ():
                 assert self.live[other.whose] is other
                 assert turn in other.before
 

@@ -51,6 +51,7 @@ class Mounts:
 
     def __init__(self, place: Path) -> None:
         self._place = place
+        place.mkdir()
         self._mounts: dict[tuple[Path, str], tuple[Path, Mount]] = {}
         self._stack = ExitStack()
         self._pairs = 0
@@ -102,9 +103,17 @@ def memory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+@pytest.fixture(scope="session", params=["uring", "threads"], autouse=True)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """All tests of this folder run once with each engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mount, "engine", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="session")
-def mounts(place: Path) -> Iterator[Mounts]:
-    shared = Mounts(place)
+def mounts(place: Path, engine: str) -> Iterator[Mounts]:
+    shared = Mounts(place / engine)
     yield shared
     shared.close()
 

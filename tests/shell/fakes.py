@@ -34,11 +34,16 @@ class Sky:
     aloft: int = 0
     most_aloft: int = 0
     launched: list[float] = field(default_factory=list)
+    calm: list[bool] = field(default_factory=list)  # by launch: whether nothing was the matter with the image
     after_landing: Callable[[], None] = lambda: None  # before the task that awaited the flight runs again
 
-    def flight(self, work: Callable[[], T], on_late_return: Callable[[], None]) -> FakeFlight[T]:
-        """What `Flight` is to the shell: monkeypatch it with this."""
+    def flight(self, work: Callable[[], T], on_late_return: Callable[[], None], *, calm: bool = False) -> FakeFlight[T]:
+        """What `Engine.flight` is to the shell: a `Sky` is its engine."""
+        self.calm.append(calm)
         return FakeFlight(self, work, on_late_return)
+
+    async def serve(self) -> None:
+        """Flights bring themselves back."""
 
 
 class FakeFlight(Generic[T]):
@@ -192,7 +197,8 @@ class Shell:
         """An image opened with *flags* (O_RDWR), and the tasks of `Requests.serve` in *nursery*."""
         events: list[Event] = []
         storage = Storage()
-        requests = Requests(policy, held_limit, [events.append])
+        sky = Sky(nursery)
+        requests = Requests(policy, held_limit, [events.append], engine=sky)  # type: ignore[arg-type]
         handle = requests.opened(7, "disk.img", FakeBacking(storage), flags)
         nursery.start_soon(requests.serve, nursery)
-        return cls(requests, handle, storage, Sky(nursery), events)
+        return cls(requests, handle, storage, sky, events)

@@ -167,8 +167,8 @@ class Kernel:
         self._numbers = 100
         self._fds: dict[int, Description] = {}
         self._next_fd = 1000
-        constants = {name: value for name, value in vars(os).items() if name.startswith("O_")}
-        calls = "pread pwrite ftruncate fdatasync fsync fstat fstatvfs close".split()
+        constants = {name: value for name, value in vars(os).items() if name.startswith(("O_", "RWF_"))}
+        calls = "pread preadv pwrite ftruncate fdatasync fsync fstat fstatvfs close".split()
         self.os = SimpleNamespace(**constants, **{name: getattr(self, name) for name in calls}, strerror=os.strerror)
 
     # ---- for tests
@@ -303,6 +303,24 @@ class Kernel:
                 data += page[low:high]
                 offset += high - low
             return bytes(data)
+
+    def is_cached(self, fd: int, offset: int, size: int) -> bool:
+        """cachestat(2): whether all these pages are in the cache."""
+        pages = self._fds[fd].inode.pages
+        return all(number in pages for number in range(offset // PAGE, (offset + size - 1) // PAGE + 1))
+
+    def preadv(self, fd: int, buffers: tuple[bytearray], offset: int, flags: int) -> int:
+        """What is in the cache, and no more; a page may have gone since `is_cached` was asked."""
+        assert flags == os.RWF_NOWAIT, "whoever may wait uses pread"
+        with self._call(fd, "preadv") as it:
+            (buffer,) = buffers
+            end = min(offset + len(buffer), it.inode.size)
+            if not self.is_cached(fd, offset, max(end - offset, 1)):
+                raise _error(errno.EAGAIN)
+            data = b"".join(it.inode.pages[n] for n in range(offset // PAGE, (max(end, 1) - 1) // PAGE + 1))
+            data = data[offset % PAGE :][: max(end - offset, 0)]
+            buffer[: len(data)] = data
+            return len(data)
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         """To the cache, or with O_DIRECT to the server; with O_DSYNC it is written back at once."""

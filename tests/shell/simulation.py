@@ -255,8 +255,11 @@ class Sky:
         self.takes_s = takes_s
         self.pending: list[Flight] = []  # whose work is not yet done
 
-    def flight(self, work: Callable[[], object], late: Callable[[], None]) -> Flight:
+    def flight(self, work: Callable[[], object], late: Callable[[], None], *, calm: bool = False) -> Flight:  # noqa: ARG002
         return Flight(self, work, late)
+
+    async def serve(self) -> None:
+        """Flights bring themselves back."""
 
 
 class Flight:
@@ -317,15 +320,15 @@ def outcome_of(work: Callable[[], object] | BaseException) -> outcome.Outcome[ob
     return result
 
 
-def patch_engine(patch: pytest.MonkeyPatch, kernel: Kernel, sky: Sky | Callable[..., Flight]) -> None:
-    """Have engine.py and requests.py run on *kernel*, and fly there."""
+def patch_engine(patch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    """Have engine.py and requests.py run on *kernel*."""
     patch.setattr(engine, "os", kernel.os)
     patch.setattr(engine, "open_again", kernel.open_again)
     patch.setattr(engine, "open_same", kernel.open_same, raising=False)
     for module in engine, requests:
         patch.setattr(module, "threading", SimpleNamespace(Lock=Lock), raising=False)
     patch.setattr(writelog, "_ENTRY_BYTES", 0, raising=False)  # small logs, so that they fill up
-    patch.setattr(requests, "Flight", sky.flight if isinstance(sky, Sky) else sky)
+    patch.setattr(engine, "syscalls", kernel)
 
 
 # ---- one seed
@@ -381,6 +384,7 @@ class Settings:
         self.few_descriptors = dice.random() < 0.1
         self.operators = dice.choice([0.0, 0.0, 0.2])
         self.ends_held = dice.random() < 0.15
+        self.nowait = dice.random() < 0.5
 
     @property
     def policy(self) -> Policy:
@@ -453,7 +457,7 @@ class Simulation:
     def run(self) -> Report:
         """Raises `Failed`."""
         with pytest.MonkeyPatch.context() as patch:
-            patch_engine(patch, self.kernel, self._flight)
+            patch_engine(patch, self.kernel)
             patch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
             trio._core._run._r.seed(self.seed)
             try:
@@ -465,9 +469,6 @@ class Simulation:
             raise Failed(self._story())
         self.report.events = self.history
         return self.report
-
-    def _flight(self, work: Callable[[], object], late: Callable[[], None]) -> Flight:
-        return self.sky.flight(work, late)
 
     def _story(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self.set).items())
@@ -492,7 +493,7 @@ class Simulation:
                 self._connect()
                 self.nursery = nursery
                 self.requests = Requests(
-                    self.set.policy, self.set.held_limit, [self._event], write_log=self.set.write_log
+                    self.set.policy, self.set.held_limit, [self._event], write_log=self.set.write_log, engine=self.sky
                 )
                 async with trio.open_nursery() as serving:
                     self.serving = serving
@@ -743,7 +744,9 @@ class Simulation:
             raise OSError(errno.ENOENT, "replaced")
         fd = self.kernel.open(NAME, flags)
         stable = bool(flags & os.O_DSYNC) or (bool(flags & os.O_DIRECT) and self.set.direct_is_stable)
-        handle = self.requests.opened(1, "disk.img", Backing(Opened(fd, flags, stable), SERVER), flags)
+        nowait = self.set.nowait and not flags & (os.O_DIRECT | os.O_WRONLY)
+        opened = Opened(fd, flags, stable, nowait=nowait)
+        handle = self.requests.opened(1, "disk.img", Backing(opened, SERVER), flags)
         if handle.image.where is None:
             disk = self.disk
             handle.image.where = lambda size: Where("", NAME, disk.number, b"", size)

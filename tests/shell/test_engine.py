@@ -1,21 +1,36 @@
-"""A flight's contract with requests.py, held by the real one (a thread) and by the tests' own (trio's clock) alike."""
+"""A flight's contract with requests.py, held by the real ones (a thread, the ring) and by the tests' own (trio's clock) alike."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import gc
+import os
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from iohang_fuse.engine import Abandoned, Flight
+from iohang_fuse import engine as engine_module
+from iohang_fuse.engine import Abandoned, Backing, Engine, Transfer, Unavailable
+from iohang_fuse.source import SERVER, Opened
 from tests.shell.fakes import Sky
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-MOMENT_S = 0.05  # the real one flies in real time: the only test of this folder that waits
+    from iohang_fuse.engine import Flight
+
+MOMENT_S = 0.05  # the real ones fly in real time: the only test of this folder that waits
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with trio.fail_after(20):
+        while not condition():  # noqa: ASYNC110 - of threads, which set no trio.Event
+            await trio.sleep(MOMENT_S / 5)
 
 
 class Bench:
@@ -24,6 +39,8 @@ class Bench:
     def __init__(self, kind: str, nursery: trio.Nursery) -> None:
         self.kind = kind
         self.sky = Sky(nursery, takes_s=lambda: MOMENT_S)
+        self.engine = Engine()
+        nursery.start_soon(self.engine.serve)
         self.late: list[float] = []
 
     def flight(self, work: Callable[[], object]) -> Flight[object]:
@@ -35,7 +52,7 @@ class Bench:
             threading.Event().wait(MOMENT_S)
             return work()
 
-        return Flight(slow_work, self._landed_late)
+        return self.engine.flight(slow_work, self._landed_late)
 
     def _landed_late(self) -> None:
         self.late.append(trio.current_time())
@@ -126,21 +143,57 @@ async def test_many_flights_fly_at_once(bench: Bench) -> None:
     assert trio.current_time() - began_s < 20 * MOMENT_S
 
 
-async def test_without_a_thread_to_be_had_the_attempt_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """P10: at the process's limit of threads an attempt fails with EAGAIN, which passes; nothing crashes."""
+# ---- threads
 
-    def none_left(*_args: object) -> None:
+
+async def test_without_a_thread_to_be_had_the_attempt_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P10: at the process's limit of threads an attempt fails with EAGAIN, which passes; nothing crashes."""
+    assert await bench.engine.flight(lambda: 1, lambda: None).land() == 1
+    stuck = threading.Event()
+
+    def none_left(_thread: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("trio.lowlevel.start_thread_soon", none_left)
-    flight = Flight(lambda: None, lambda: None)
-    with pytest.raises(OSError, match="start new thread") as caught:
-        await flight.land()
-    assert caught.value.errno == errno.EAGAIN
-    flight.abandon()
+    monkeypatch.setattr(engine_module.threading.Thread, "start", none_left)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.engine.flight(stuck.wait, lambda: None).land)  # has the thread that there is
+        await trio.testing.wait_all_tasks_blocked()
+        flight = bench.engine.flight(lambda: None, lambda: None)
+        with pytest.raises(OSError, match="start new thread") as caught:
+            await flight.land()
+        assert caught.value.errno == errno.EAGAIN
+        flight.abandon()
+        stuck.set()
+    assert await bench.engine.flight(lambda: 2, lambda: None).land() == 2, "once it is free again"
 
 
-def test_a_thread_that_outlives_the_server_is_no_error() -> None:
+async def test_what_does_not_return_keeps_nobody_waiting(bench: Bench) -> None:
+    """P7: 100 calls that do not return, and the next one is done all the same."""
+    stuck = threading.Event()
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(bench.engine.flight(stuck.wait, lambda: None).land)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(5):
+            assert await bench.engine.flight(lambda: "next", lambda: None).land() == "next"
+        stuck.set()
+
+
+async def test_idle_threads_go(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P10: what a burst has started ends when there is no more work, and what comes after it is done."""
+    monkeypatch.setattr(engine_module, "_IDLE_S", MOMENT_S)
+    together = threading.Barrier(21)
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(bench.engine.flight(lambda: together.wait(5), lambda: None).land)
+        await trio.testing.wait_all_tasks_blocked()
+        assert bench.engine.threads.count >= 20
+        together.wait(5)
+    await until(lambda: not bench.engine.threads.count)
+    assert await bench.engine.flight(lambda: 1, lambda: None).land() == 1
+
+
+def test_a_thread_that_outlives_the_server_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
     """P8: the server may end while an attempt hangs; when that returns, nobody is there to be told."""
     go, gone = threading.Event(), threading.Event()
 
@@ -148,17 +201,274 @@ def test_a_thread_that_outlives_the_server_is_no_error() -> None:
         go.wait(5)
 
     async def server() -> None:
-        flight = Flight(work, lambda: None)
-        deliver = flight._deliver
-
-        def delivered(result: object) -> None:
-            deliver(result)  # type: ignore[arg-type]
-            gone.set()
-
-        flight._deliver = delivered  # type: ignore[method-assign]
-        with trio.move_on_after(MOMENT_S):
-            await flight.land()
+        engine = Engine()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.serve)
+            with trio.move_on_after(MOMENT_S):
+                await engine.flight(work, gone.set).land()
+            nursery.cancel_scope.cancel()
 
     trio.run(server)
+    others = {thread for thread in threading.enumerate() if thread.name == "iohang data"}
+    assert others
     go.set()
-    assert gone.wait(5)
+    threading.Event().wait(MOMENT_S)
+    assert not gone.is_set()
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- reads and writes, on the ring and in threads alike
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "disk.img"
+    file.write_bytes(bytes(range(256)) * 16)
+    return file
+
+
+class Place:
+    """A real file, and an engine that works on it."""
+
+    def __init__(self, engine: Engine, path: Path) -> None:
+        self.engine = engine
+        self.path = path
+        self.late = 0
+
+    def open(self, flags: int = os.O_RDWR) -> Backing:
+        return Backing(
+            Opened(os.open(self.path, flags), flags, stable=False, ring_reads=True, ring_writes=True), SERVER
+        )
+
+    def flight(self, backing: Backing, offset: int, size: int, data: bytes | None = None) -> Flight[object]:
+        return self.engine.flight(Transfer(backing, offset, size, data), self._late, calm=True)
+
+    async def read(self, backing: Backing, offset: int, size: int) -> object:
+        return await self.flight(backing, offset, size).land()
+
+    async def write(self, backing: Backing, offset: int, data: bytes) -> object:
+        return await self.flight(backing, offset, len(data), data).land()
+
+    def _late(self) -> None:
+        self.late += 1
+
+
+@pytest.fixture(params=["uring", "threads"])
+def place(request: pytest.FixtureRequest, nursery: trio.Nursery, path: Path) -> Place:
+    engine = Engine(request.param)
+    assert engine.name == request.param
+    nursery.start_soon(engine.serve)
+    return Place(engine, path)
+
+
+async def test_what_is_written_is_read(place: Place) -> None:
+    """Reads and writes reach the file, each at its place; the description's own position plays no part."""
+    backing = place.open()
+    assert await place.write(backing, 100, b"hello") == 5
+    assert await place.read(backing, 98, 9) == b"\x62\x63hello\x69\x6a"
+    assert place.path.read_bytes()[100:105] == b"hello"
+    backing.close()
+
+
+async def test_a_read_is_short_at_the_end_alone(place: Place) -> None:
+    """P6: "A short read ... in the middle of a file is continued, never passed on short"; at its end there is no more."""
+    backing = place.open()
+    assert await place.read(backing, 4090, 100) == bytes(range(250, 256))
+    assert await place.read(backing, 4096, 10) == b""
+    assert await place.read(backing, 1 << 40, 10) == b""
+    backing.close()
+
+
+async def test_an_error_has_its_errno(place: Place) -> None:
+    """What the kernel said reaches the rehandle list as it is."""
+    writing, reading = place.open(os.O_WRONLY), place.open(os.O_RDONLY)
+    for flight in (place.flight(writing, 0, 10), place.flight(reading, 0, 1, b"x")):
+        with pytest.raises(OSError, match="Bad file descriptor") as caught:
+            await flight.land()
+        assert caught.value.errno == errno.EBADF
+    writing.close()
+    reading.close()
+
+
+async def test_many_at_once_each_its_own(place: Place) -> None:
+    """500 writes and then 500 reads at once: each block is its own, and has its own data."""
+    backing = place.open()
+    blocks = [os.urandom(1000) for _ in range(500)]
+
+    async def check(number: int) -> None:
+        assert await place.read(backing, number * 1000, 1000) == blocks[number]
+
+    async with trio.open_nursery() as nursery:
+        for number, block in enumerate(blocks):
+            nursery.start_soon(place.write, backing, number * 1000, block)
+    async with trio.open_nursery() as nursery:
+        for number in range(500):
+            nursery.start_soon(check, number)
+    assert place.path.read_bytes() == b"".join(blocks)
+    assert place.engine.on_ring == 0
+    backing.close()
+
+
+@contextlib.contextmanager
+def slow_file(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A file of which a read does not return until something is written to the descriptor that comes with it."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    end = os.open(fifo, os.O_RDWR)
+    yield fifo, end
+    os.close(end)
+
+
+async def test_an_abandoned_read_keeps_its_descriptor(place: Place, tmp_path: Path) -> None:
+    """P8: it is answered at once, goes on, and says when it has returned; its descriptor is not closed, and not another's."""
+    with slow_file(tmp_path) as (fifo, end):
+        fd = os.open(fifo, os.O_RDONLY)
+        # A FIFO has no offset: pread(2) and io_uring refuse one, so a thread's read(2) stands for a file that hangs.
+        backing = Backing(Opened(fd, os.O_RDONLY, stable=False), SERVER)
+        work = Transfer(backing, 0, 4)
+        backing.read = lambda _offset, size: _read(backing, size)  # type: ignore[method-assign]
+        flight = place.engine.flight(work, place._late, calm=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_abandoned, flight)
+            await trio.sleep(MOMENT_S)
+            flight.abandon()
+        backing.close()
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) >= 0, "the attempt is still inside"
+        assert place.late == 0
+        os.write(end, b"data")
+        await until(lambda: place.late)
+        with pytest.raises(OSError, match="Bad file"):
+            fcntl.fcntl(fd, fcntl.F_GETFD)
+
+
+def _read(backing: Backing, size: int) -> bytes:
+    description = backing.enter()
+    try:
+        return os.read(description.fd, size)
+    finally:
+        backing.leave(description)
+
+
+async def _abandoned(flight: Flight[object]) -> None:
+    with pytest.raises(Abandoned):
+        await flight.land()
+
+
+async def test_after_close_nothing_is_read_from_anothers_file(place: Place) -> None:
+    """A descriptor's number may be another file's by now: ESTALE, and no attempt."""
+    backing = place.open()
+    backing.close()
+    with pytest.raises(OSError, match="closed in the meantime") as caught:
+        await place.read(backing, 0, 10)
+    assert caught.value.errno == errno.ESTALE
+
+
+# ---- the ring's own
+
+
+@pytest.fixture
+def ring(nursery: trio.Nursery, path: Path) -> Place:
+    engine = Engine("uring")
+    nursery.start_soon(engine.serve)
+    return Place(engine, path)
+
+
+async def test_the_ring_is_used_and_no_thread(ring: Place) -> None:
+    """Issue: "data I/O without a Python thread per operation"."""
+    backing = ring.open()
+    for number in range(10):
+        await ring.write(backing, number, b"x")
+        await ring.read(backing, number, 1)
+    assert ring.engine.threads.count == 0
+    backing.close()
+
+
+@pytest.mark.parametrize("why", ["sick", "as its opener", "not fit for it"])
+async def test_what_does_not_go_on_the_ring(ring: Place, why: str) -> None:
+    """P7: a sick image, and what the ring's threads could wait for, stays off it; what needs the opener's rights, too."""
+    backing = ring.open()
+    backing.writes_on_ring = why != "not fit for it"
+    work = Transfer(backing, 0, 1, b"x", as_opener=why == "as its opener")
+    assert await ring.engine.flight(work, lambda: None, calm=why != "sick").land() == 1
+    assert ring.engine.threads.count == 1
+    backing.close()
+
+
+async def test_what_was_on_the_ring_is_freed(ring: Place) -> None:
+    """P10: caio's operation and its callback know each other; data must not wait for the garbage collector."""
+    backing = ring.open()
+    gc.disable()
+    try:
+        before = sum(type(each).__name__ == "Operation" for each in gc.get_objects())
+        for _ in range(100):
+            await ring.write(backing, 0, b"x" * 1000)
+        assert sum(type(each).__name__ == "Operation" for each in gc.get_objects()) <= before + 2
+    finally:
+        gc.enable()
+    backing.close()
+
+
+@pytest.mark.parametrize("count", [3, 0, -errno.EINTR, -errno.EAGAIN])
+async def test_what_the_ring_leaves_over_is_done_in_a_thread(
+    ring: Place, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """P6: "A short read or write in the middle of a file is continued, never passed on short"; EINTR is tried again at once."""
+    done = engine_module._RingFlight._done
+    seen = []
+
+    def cut(flight: engine_module._RingFlight, result: int) -> None:
+        seen.append(result)
+        done(flight, count)
+
+    monkeypatch.setattr(engine_module._RingFlight, "_done", cut)
+    backing = ring.open()
+    assert await ring.write(backing, 0, b"0123456789") == 10
+    if count:  # a read of nothing is the end of the file
+        assert await ring.read(backing, 0, 10) == b"0123456789"
+    assert seen[0] == 10
+    assert ring.path.read_bytes()[:10] == b"0123456789"
+    backing.close()
+
+
+async def test_without_memory_the_ring_tries_again(ring: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """io_uring_enter(2) may fail; what is on the ring stays there, and goes with the next try."""
+    real, failures = ring.engine._ring, []
+
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def flush(self) -> int:
+            if len(failures) < 3:
+                failures.append(1)
+                raise SystemError(errno.ENOMEM, "Cannot allocate memory")
+            return real.flush()
+
+    monkeypatch.setattr(ring.engine, "_ring", Failing())
+    backing = ring.open()
+    with trio.fail_after(5):
+        assert await ring.write(backing, 0, b"x") == 1
+    assert len(failures) == 3
+    backing.close()
+
+
+def test_without_io_uring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: "`threads` where io_uring is not to be had"; who asks for uring by name is told why not."""
+    monkeypatch.setattr(engine_module, "linux_uring", None)
+    monkeypatch.setattr(engine_module, "_NO_URING", "io_uring_setup failed: no such luck")
+    engine = Engine("auto")
+    assert engine.name == "threads"
+    assert engine.why_not == "io_uring_setup failed: no such luck"
+    with pytest.raises(Unavailable, match="no such luck"):
+        Engine("uring")
+
+
+def test_where_the_kernel_refuses_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same when it is refused only now."""
+
+    class Refused:
+        def Context(self, _count: int) -> None:  # noqa: N802 - caio's name
+            raise SystemError("[Errno 1] Operation not permitted")
+
+    monkeypatch.setattr(engine_module, "linux_uring", Refused())
+    assert "kernel.io_uring_disabled" in Engine("auto").why_not

@@ -36,14 +36,9 @@ Start = "Callable[..., Shell]"
 
 
 @pytest.fixture
-def start(
-    nursery: trio.Nursery,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Shell]:
+def start(nursery: trio.Nursery) -> Callable[..., Shell]:
     def start(given: Policy | None = None, **more: int) -> Shell:
-        shell = Shell.on(nursery, given or policy(), **more)
-        monkeypatch.setattr("iohang_fuse.requests.Flight", shell.sky.flight)
-        return shell
+        return Shell.on(nursery, given or policy(), **more)
 
     return start
 

@@ -93,9 +93,9 @@ def test_planted_the_youngest_is_tried_first(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Ordering, "_earlier", oldest_alone)  # those between have their turn in the same moment
     push = RehandleList._push_ready
 
-    def last_first(self: RehandleList, request: Request) -> None:
+    def last_first(self: RehandleList, request: Request, since_s: float) -> None:
         request.seq = -request.seq
-        push(self, request)
+        push(self, request, since_s)
         request.seq = -request.seq
 
     monkeypatch.setattr(RehandleList, "_push_ready", last_first)
@@ -172,8 +172,8 @@ class Bench:
         self.kernel.fault = self.failing.get
         self.flights_s: list[tuple[float, float]] = []  # of the next ones; then they take no time
         self.sky = Sky(nursery, lambda: self.flights_s.pop(0) if self.flights_s else (0.0, 0.0))
-        patch_engine(patch, self.kernel, self.sky)
-        self.requests = Requests(given, 1 << 20, [], write_log=write_log)
+        patch_engine(patch, self.kernel)
+        self.requests = Requests(given, 1 << 20, [], write_log=write_log, engine=self.sky)
         nursery.start_soon(self.requests.serve, nursery)
         self.nursery = nursery
 
