@@ -111,6 +111,11 @@ class Aio:
 
     def run(self, requests: Sequence[AioRequest], calls: Sequence[int]) -> None:
         """Submit *requests* in their order, *calls* of them with each io_submit, and wait for all results."""
+        self.submit(requests, calls)
+        self.wait(requests, len(requests))
+
+    def submit(self, requests: Sequence[AioRequest], calls: Sequence[int]) -> None:
+        """The first half of `run`. Their memory must last until they are answered."""
         iocbs = (_Iocb * len(requests))()
         for number, (request, iocb) in enumerate(zip(requests, iocbs, strict=True)):
             iocb.data, iocb.opcode, iocb.fd = number, _OPCODES[request.name], request.fd
@@ -124,12 +129,16 @@ class Aio:
             while first < end:
                 rest = ctypes.byref(pointers, first * ctypes.sizeof(ctypes.c_void_p))
                 first += self._check(self._lib.io_submit(self._context, ctypes.c_long(end - first), rest))
-        events = (_Event * len(requests))()
-        total = ctypes.c_long(len(requests))
+
+    def wait(self, requests: Sequence[AioRequest], count: int) -> list[int]:
+        """The other half: wait for *count* results more. Returns whose they are, in the order in which they came."""
+        events = (_Event * count)()
+        total = ctypes.c_long(count)
         got = self._check(self._lib.io_getevents(self._context, total, total, events, None))
-        assert got == len(requests), f"{got} results of {len(requests)}"
+        assert got == count, f"{got} results of {count}"
         for event in events:
             requests[event.data].result = event.result
+        return [event.data for event in events]
 
     def close(self) -> None:
         self._lib.io_destroy(self._context)

@@ -31,6 +31,7 @@ from contrib.guest.records import (
     Record,
     Report,
     Step,
+    Stream,
     Tick,
     block_content,
     in_flight,
@@ -57,6 +58,7 @@ __all__ = [
     "Record",
     "Report",
     "Step",
+    "Stream",
     "Tick",
     "block_content",
     "build",
@@ -82,7 +84,8 @@ class Guest:
     *image* is a path, or any file name that QEMU takes (then mostly with `aio=None`). *werror*, *rerror*:
     QEMU's own defaults where None. *blocks* blocks of 4 KiB, evenly spread over the image, are shared by
     *workers* processes, each of which has one request in flight at a time. The guest's I/O ends after
-    *duration_s* seconds (0: never), or with `finish()`. All that the guest and QEMU say goes to *log* as it
+    *duration_s* seconds (0: never), or with `finish()`. Before that one dd writes *dd_mib* MiB to the image, over whatever is
+    there, and one reads them (0: none); `streams` says how long each took. All that the guest and QEMU say goes to *log* as it
     comes. *qmp* is where QEMU listens for QMP, for the caller's use.
     """
 
@@ -101,6 +104,7 @@ class Guest:
         blocks: int = 128,
         workers: int = 2,
         duration_s: int = 0,
+        dd_mib: int = 0,
         qmp: Path | None = None,
         qemu_arguments: Sequence[str] = (),
     ) -> None:
@@ -115,7 +119,7 @@ class Guest:
         append = (
             # panic=-1 and -no-reboot: a panic ends QEMU. loglevel=5: errors are seen as they occur.
             f"console=ttyS0 loglevel=5 panic=-1 iohang_run={secrets.token_hex(4)} iohang_blocks={blocks}"
-            f" iohang_workers={workers} iohang_duration_s={duration_s}"
+            f" iohang_workers={workers} iohang_duration_s={duration_s} iohang_dd_mib={dd_mib}"
         )
         self._command = [
             # A QEMU never outlives us, even if we are killed: see _serve for the thread that starts it.
@@ -290,6 +294,11 @@ class Guest:
     def done(self) -> Done | None:
         """None until the guest's I/O has ended."""
         return next((record for record in reversed(self.records) if isinstance(record, Done)), None)
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The dd's that have ended, well or not."""
+        return tuple(record for record in self.records if isinstance(record, Stream))
 
     @property
     def last_tick(self) -> Tick | None:

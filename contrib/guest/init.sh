@@ -4,7 +4,8 @@
 # Records go out on the second serial port, one line each (records.py reads them); the first port is the kernel's console,
 # so that a printk never cuts a record in two. Words come in on the second port: stop, dmesg, poweroff.
 # Parameters are words of the kernel's command line, which the kernel hands to /init in its environment:
-# iohang_run, iohang_blocks, iohang_workers, iohang_duration_s (0: until told to stop).
+# iohang_run, iohang_blocks, iohang_workers, iohang_duration_s (0: until told to stop), and iohang_dd_mib (0: none): how much
+# one dd writes, and then one reads, from the disk's start on, before the workers begin. It overwrites what is there.
 #
 # shellcheck shell=dash disable=SC2034,SC2154
 
@@ -110,6 +111,22 @@ worker() {
     echo "$writes $reads $mismatches $errors" >"/run/totals.$number"
 }
 
+# One sequential stream in each direction, 1 MiB at a time, past the guest's page cache: for a benchmark.
+stream() {
+    stderr=/run/stderr.dd
+    for operation in write read; do
+        case $operation in
+            write) set -- if=/dev/zero of=/dev/vda oflag=direct conv=notrunc,fsync ;;
+            read) set -- if=/dev/vda of=/dev/null iflag=direct ;;
+        esac
+        uptime
+        begin=$now
+        if dd "$@" bs=1048576 count="$iohang_dd_mib" 2>"$stderr"; then outcome=ok; else outcome=ERROR; fi
+        uptime
+        echo "DD op=$operation outcome=$outcome mib=$iohang_dd_mib begin=$begin uptime=$now" >&3
+    done
+}
+
 # The counted loop shows that the CPU goes on, /proc/uptime that the clock does; the sleep ends on a whole second.
 clock() {
     spins=0
@@ -156,6 +173,7 @@ uptime
 deadline_s=0
 [ "$iohang_duration_s" -eq 0 ] || deadline_s=$((${now%.*} + 1 + iohang_duration_s))
 echo "READY run=$iohang_run blocks=$iohang_blocks workers=$iohang_workers spacing=$spacing uptime=$now" >&3
+if [ "$iohang_dd_mib" -gt 0 ]; then stream; fi
 clock &
 supervisor &
 while read -r word <&3; do

@@ -102,7 +102,19 @@ class Done:
     host_s: float
 
 
-Record = Ready | Step | Tick | KernelMessage | DmesgEnd | Done
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One dd over the disk's first *length_bytes*, 1 MiB at a time, has ended; how long it took by the guest's clock."""
+
+    operation: Operation
+    outcome: Outcome
+    length_bytes: int
+    duration_s: float
+    uptime_s: float
+    host_s: float
+
+
+Record = Ready | Step | Tick | KernelMessage | DmesgEnd | Done | Stream
 
 
 def parse_record(line: str, host_s: float) -> Record | None:
@@ -157,6 +169,11 @@ def _parse_values(kind: str, values: dict[str, str], host_s: float) -> Record | 
     if kind == "DONE":
         writes, reads, mismatches, errors = (int(values[name]) for name in ("writes", "reads", "mismatches", "errors"))
         return Done(writes, reads, mismatches, errors, uptime_s, host_s)
+    if kind == "DD":
+        operation: Operation = "read" if values["op"] == "read" else "write"
+        outcome: Outcome = "ok" if values["outcome"] == "ok" else "ERROR"
+        duration_s = uptime_s - float(values["begin"])
+        return Stream(operation, outcome, int(values["mib"]) << 20, duration_s, uptime_s, host_s)
     return None
 
 
