@@ -39,8 +39,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-METADATA_THREADS = 128
-"""System calls on metadata at once, apart from data: a directory that hangs must leave room for `ls` of the others."""
+METADATA_THREADS = 512
+METADATA_SHARE = 32
+"""System calls on metadata at once, apart from data, and of these on one inode: an image or directory that hangs must leave
+room for the others (P7). More than 16 of them that hang at once stop the mount's metadata."""
 
 _LISTING_BYTES = 4096  # the smallest buffer with which the kernel asks for entries of a directory
 _ENTRY_BYTES = 152  # struct fuse_direntplus in linux/fuse.h, before the name
@@ -120,6 +122,8 @@ class Filesystem(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
         self._limiter = trio.CapacityLimiter(METADATA_THREADS)
+        self._busy: dict[int, int] = {}  # calls in threads, by what they are about
+        self._crowds: dict[int, trio.lowlevel.ParkingLot] = {}  # who waits because that are too many
         self._unwanted: list[int] = []
         self._unwanted_there = trio.Event()
         self._closing = trio.Lock()
@@ -151,7 +155,28 @@ class Filesystem(pyfuse3.Operations):
         return await self._in_thread(call, *args)
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+        # A call is about the inode whose descriptor comes first. What has none (opening SOURCE by its path) has no share.
+        about = call.args[0] if isinstance(call, functools.partial) else next(iter(args), None)
+        if not isinstance(about, int):
+            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+        while self._busy.get(about, 0) >= METADATA_SHARE:
+            await self._crowds.setdefault(about, trio.lowlevel.ParkingLot()).park()
+        self._busy[about] = self._busy.get(about, 0) + 1
+        try:
+            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+        finally:
+            self._busy[about] -= 1
+            if not self._busy[about]:
+                del self._busy[about]
+            if self._crowds:
+                self._let_one_in(about)
+
+    def _let_one_in(self, about: int) -> None:
+        crowd = self._crowds.get(about)
+        if crowd is not None:
+            crowd.unpark()
+            if not crowd:
+                del self._crowds[about]
 
     # SOURCE may be unmounted and mounted again beneath us, and its handles may go stale. Then the top directory is opened
     # anew by its path, and every other node when its name is looked up, which the kernel does once it does not believe it
