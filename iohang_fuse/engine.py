@@ -84,12 +84,6 @@ class Transfer:
         self.data = data
         self.as_opener = as_opener
 
-    def goes_on_ring(self) -> bool:
-        """Whether the ring is a way for it."""
-        if self.data is None:
-            return self.backing.reads_on_ring
-        return self.backing.writes_on_ring and not self.as_opener
-
     def __call__(self) -> bytes | int:
         """All of it, in a thread: `Backing.read` or `Backing.write`."""
         if self.data is None:
@@ -145,12 +139,13 @@ class _RingFlight(Flight["bytes | int"]):
         self._description = description = work.backing.enter()
         try:
             if work.data is None:
-                self._operation = linux_uring.Operation.read(work.size, description.fd, work.offset)
+                operation = linux_uring.Operation.read(work.size, description.fd, work.offset)
             else:
                 work.backing.unsynced = True
-                self._operation = linux_uring.Operation.write(work.data, description.fd, work.offset)
-            self._operation.set_callback(self._done)
-            self._engine.send(self._operation)
+                operation = linux_uring.Operation.write(work.data, description.fd, work.offset)
+            self._operation = operation
+            operation.set_callback(self._done)
+            self._engine.send(operation)
         except BaseException:
             if work.backing.left(description):
                 self._engine.close_later(description.fd)
@@ -280,7 +275,9 @@ class Engine:
             calm
             and self._ring is not None
             and type(work) is Transfer
-            and work.goes_on_ring()
+            and (
+                work.backing.reads_on_ring if work.data is None else work.backing.writes_on_ring and not work.as_opener
+            )
             and self.on_ring < _MOST_ON_RING
         ):
             return _RingFlight(self, work, on_late_return)  # type: ignore[return-value]

@@ -36,7 +36,7 @@ class Turn(Generic[T]):
     """The place in the order of one request, which is *whose*. Its bytes are `start <= byte < end`."""
 
     # Not a dataclass, and no set before there is something in it: one is made for each write.
-    __slots__ = ("after", "before", "end", "kind", "left", "seq", "start", "waits", "whose")
+    __slots__ = ("after", "before", "blocks", "end", "kind", "left", "seq", "start", "waits", "whose")
 
     def __init__(self, whose: T, seq: int, start: int, end: float, kind: str) -> None:
         self.whose = whose
@@ -46,6 +46,7 @@ class Turn(Generic[T]):
         self.kind = kind
         self.before: set[Turn[T]] | None = None  # writes that it waits for
         self.after: dict[Turn[T], None] | None = None  # who waits for it, oldest first
+        self.blocks = blocks(start, end) if end != math.inf else range(0)
         self.waits = False
         self.left = False
 
@@ -90,7 +91,7 @@ class Ordering(Generic[T]):
         if end == math.inf:
             self._wide[turn] = None
         else:
-            for number in blocks(start, end):
+            for number in turn.blocks:
                 block = self._blocks.get(number)
                 if block is None:
                     self._blocks[number] = {turn: None}
@@ -167,7 +168,7 @@ class Ordering(Generic[T]):
         if turn.end == math.inf:
             del self._wide[turn]
         else:
-            for number in blocks(turn.start, turn.end):
+            for number in turn.blocks:
                 block = self._blocks[number]
                 del block[turn]
                 if not block:

@@ -227,7 +227,12 @@ class RehandleList:
         if ordered:
             request.turn = self._take_place(request, offset + length if end is None else end)
         behind = request.turn is not None and request.turn.waits
-        if not behind and not self._ready and self.in_flight < self._slots and self._has_room(request):
+        slots = self.policy.share if self.gate_open else self.policy.recovery_gate
+        if (
+            not (behind or self._ready)
+            and len(self._trying) + self._abandoned < slots
+            and (self.room or self._has_room(request))
+        ):
             self._start(request, now)
             return request, NOTHING
         step = Step()
@@ -259,7 +264,7 @@ class RehandleList:
             return self.returned(now)  # a read, given up in the moment in which its attempt returned
         del self._trying[request.seq]
         self._end(request)
-        if not (self._ready or request.held or self.sick):
+        if not (self._ready or request.held or self._hang is not None or self.timed_out):
             return NOTHING
         step = Step()
         # What began before the trouble did says nothing about it, unless it was what had not returned.

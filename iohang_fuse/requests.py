@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import math
 import os
@@ -159,6 +160,9 @@ class Requests:
         # Errors of a write that may be those of an earlier one's writeback: of the storage, or of its space (NFS, ext4).
         self._may_use_up = policy.errors | {errno.ENOSPC, errno.EDQUOT}
         self._nursery: trio.Nursery | None = None
+        self._now: Callable[[], float] = (
+            trio.current_time
+        )  # on the hot path without its two detours, once there is a run
         self._next_handle = 1
         self._aloft: set[Request] = set()  # attempts that are inside a system call, or about to be
         self._fences: dict[int, Fences] = {}  # by node: of images that are closed
@@ -169,6 +173,7 @@ class Requests:
     async def serve(self, nursery: trio.Nursery) -> None:
         """Watch for attempts that do not return; timers run in *nursery* while an image is sick. Never returns."""
         self._nursery = nursery
+        self._now = trio.lowlevel.current_clock().current_time
         nursery.start_soon(self.engine.serve)
         pause_s = min(1.0, self._policy.blocked_after_s / 4)
         while True:
@@ -433,7 +438,7 @@ class Requests:
         image = handle.image
         held = image.held
         begun = 0  # attempts that were begun here; `request.attempts` counts those whose turn has come
-        request, step = held.arrive(op, offset, length, trio.current_time(), end=end, ordered=ordered)
+        request, step = held.arrive(op, offset, length, self._now(), end=end, ordered=ordered)
         try:
             while True:
                 self._apply(image, step)
@@ -455,7 +460,7 @@ class Requests:
                         image.log.doubt()
                     step = held.failed(request, error.errno or errno.EIO, trio.current_time())
                 else:
-                    step = held.succeeded(request, trio.current_time())
+                    step = held.succeeded(request, self._now())
                     if request.answer is None:
                         self._apply(image, step)
                         return result
@@ -499,29 +504,33 @@ class Requests:
                 image.bystanders.unpark_all()
 
     async def _fly(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
-        """Have *work* done in a thread; where *handle* seems to be dead, on a backing file that is opened anew."""
-        image, backing = handle.image, handle.backing
-        attempt = work
-        if backing.failures:
-            seems_dead = backing.failures >= (1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD)
-            if seems_dead and trio.current_time() >= backing.renewed_s + self._policy.interval_s / 2:
-                renew = self._renewal(image, backing)
-
-                def attempt() -> T:
-                    renew()
-                    return work()
-
+        """Have *work* done; where *handle* seems to be dead, on a backing file that is opened anew."""
+        backing = handle.backing
         try:
-            result = await self._attempt(handle, request, attempt)
+            result = await self._attempt(handle, request, self._revived(handle, work) if backing.failures else work)
         except OSError as error:
             backing.failures += 1
             backing.errno = error.errno
             raise
         finally:
             if backing.refusal is not None:
-                self._report_refusal(image, backing)
+                self._report_refusal(handle.image, backing)
         backing.failures = 0
         return result
+
+    def _revived(self, handle: Handle, work: Callable[[], T]) -> Callable[[], T]:
+        """*work*, before which the file is opened anew if it has failed often enough and that was not just tried."""
+        image, backing = handle.image, handle.backing
+        seems_dead = backing.failures >= (1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD)
+        if not seems_dead or trio.current_time() < backing.renewed_s + self._policy.interval_s / 2:
+            return work
+        renew = self._renewal(image, backing)
+
+        def attempt() -> T:
+            renew()
+            return work()
+
+        return attempt
 
     def _renewal(self, image: Image, backing: Backing) -> Callable[[], None]:
         """What opens *backing* anew, in a thread; if that cannot be, the old description is tried again."""
@@ -549,21 +558,17 @@ class Requests:
             self._tell(image, ReopenRefused(image.held.image, text, trio.current_time()))
 
     async def _attempt(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
-        image = handle.image
-
-        def late() -> None:
-            self._aloft.discard(request)
-            handle.returned()
-            self._apply(image, image.held.returned(trio.current_time()))
-
-        flight = self.engine.flight(work, late, calm=not image.held.sick)
+        held = handle.image.held
+        flight = self.engine.flight(
+            work, functools.partial(self._late, handle, request), calm=held.gate_open and not held.sick
+        )
         request.wake = flight.abandon
         handle.in_use += 1
         self._aloft.add(request)
         try:
             result = await flight.land()
         except (Abandoned, trio.Cancelled):
-            raise  # the thread goes on: `late` will tell
+            raise  # it goes on: `_late` will tell
         except Exception:
             self._aloft.discard(request)
             handle.returned()
@@ -573,6 +578,12 @@ class Requests:
         self._aloft.discard(request)
         handle.returned()
         return result
+
+    def _late(self, handle: Handle, request: Request) -> None:
+        """An attempt has returned that nobody waits for any more."""
+        self._aloft.discard(request)
+        handle.returned()
+        self._apply(handle.image, handle.image.held.returned(trio.current_time()))
 
     async def _next_state(self, request: Request) -> None:
         task = trio.lowlevel.current_task()
@@ -608,7 +619,10 @@ class Requests:
 
     def _apply(self, image: Image, step: Step) -> None:
         """Do what a decision says: tell the listeners, wake the requests, set the timer, send the probe."""
-        if image.log.full == image.held.room:
+        held, log_ = image.held, image.log
+        if step is NOTHING and held.room and log_.bytes * 2 <= log_.limit and image.timer is None and not held.sick:
+            return  # most of them, on a healthy image
+        if log_.full == held.room:
             more = image.held.set_room(trio.current_time(), room=not image.log.full)
             step = Step([*step.events, *more.events], [*step.woken, *more.woken], step.probe)
         if step is not NOTHING:

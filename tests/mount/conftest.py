@@ -51,7 +51,6 @@ class Mounts:
 
     def __init__(self, place: Path) -> None:
         self._place = place
-        place.mkdir()
         self._mounts: dict[tuple[Path, str], tuple[Path, Mount]] = {}
         self._stack = ExitStack()
         self._pairs = 0
@@ -85,24 +84,6 @@ class Mounts:
         self._stack.close()
 
 
-@pytest.fixture(scope="session")
-def place() -> Iterator[Path]:
-    """A directory on a disk, which everybody may enter."""
-    path = Path(tempfile.mkdtemp(prefix="iohang-", dir="/var/tmp"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture(scope="session")
-def memory() -> Iterator[Path]:
-    """A directory on a tmpfs, which everybody may enter."""
-    path = Path(tempfile.mkdtemp(prefix="iohang-", dir="/dev/shm"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
 @pytest.fixture(scope="session", params=["uring", "threads"], autouse=True)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """All tests of this folder run once with each engine."""
@@ -112,8 +93,26 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def mounts(place: Path, engine: str) -> Iterator[Mounts]:
-    shared = Mounts(place / engine)
+def place(engine: str) -> Iterator[Path]:
+    """A directory on a disk, which everybody may enter."""
+    path = Path(tempfile.mkdtemp(prefix=f"iohang-{engine}-", dir="/var/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def memory(engine: str) -> Iterator[Path]:
+    """A directory on a tmpfs, which everybody may enter."""
+    path = Path(tempfile.mkdtemp(prefix=f"iohang-{engine}-", dir="/dev/shm"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def mounts(place: Path) -> Iterator[Mounts]:
+    shared = Mounts(place)
     yield shared
     shared.close()
 

@@ -70,6 +70,36 @@ def test_short_reads_of_a_direct_handle_are_refused(two_kinds: Pair) -> None:
     assert (two_kinds.source / "image").read_bytes() == bytes(3) + b"short" + bytes(8184)
 
 
+def test_limit_no_shared_mapping_of_a_direct_handle(two_kinds: Pair) -> None:
+    """docs/limitations.rst: "MAP_SHARED of a handle with O_DIRECT is refused with ENODEV"; MAP_PRIVATE is not."""
+    (two_kinds.source / "image").write_bytes(b"x" * mmap.PAGESIZE)
+    fd = os.open(two_kinds.mount / "image", os.O_RDWR | os.O_DIRECT)
+    with pytest.raises(OSError, match="No such device"):
+        mmap.mmap(fd, mmap.PAGESIZE)
+    with mmap.mmap(fd, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE) as memory:
+        assert memory[:1] == b"x"
+    os.close(fd)
+
+
+def test_direct_and_cached_handles_see_one_file(two_kinds: Pair) -> None:
+    """What is written past the kernel's cache is not hidden by it, and the other way round, while both are open."""
+    (two_kinds.source / "image").write_bytes(bytes(2 * mmap.PAGESIZE))
+    direct = os.open(two_kinds.mount / "image", os.O_RDWR | os.O_DIRECT)
+    cached = os.open(two_kinds.mount / "image", os.O_RDWR)
+    block = mmap.mmap(-1, mmap.PAGESIZE)
+    for number in range(1, 20):
+        new = bytes([number]) * mmap.PAGESIZE
+        assert os.pread(cached, mmap.PAGESIZE, 0)[:1] == bytes([number - 1]), "in the kernel's cache now"
+        block[:] = new
+        os.pwrite(direct, block, 0)
+        assert os.pread(cached, mmap.PAGESIZE, 0) == new
+        os.pwrite(cached, new, mmap.PAGESIZE)
+        os.preadv(direct, [block], mmap.PAGESIZE)
+        assert block[:] == new
+    os.close(direct)
+    os.close(cached)
+
+
 def test_large_direct_reads_into_any_memory(two_kinds: Pair) -> None:
     """The kernel splits a read into memory off the pages, and its last part may be a few bytes: it is whole all the same."""
     data = random.Random(1).randbytes(3 << 20)
