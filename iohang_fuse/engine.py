@@ -72,17 +72,30 @@ class Unavailable(Exception):
 class Transfer:
     """One read or write of a backing file: the work of an attempt, for any engine."""
 
-    __slots__ = ("as_opener", "backing", "data", "offset", "size")
+    __slots__ = ("as_opener", "backing", "data", "offset", "on_ring", "size")
 
     def __init__(
-        self, backing: Backing, offset: int, size: int, data: bytes | None = None, *, as_opener: bool = False
+        self,
+        backing: Backing,
+        offset: int,
+        size: int,
+        data: bytes | None = None,
+        *,
+        as_opener: bool = False,
+        grows: bool = False,
     ) -> None:
-        """A write of *data*, or else a read of *size* bytes. *as_opener*: for `Backing.write`."""
+        """A write of *data*, or else a read of *size* bytes. *as_opener*: for `Backing.write`. *grows*: the file, by it."""
         self.backing = backing
         self.offset = offset
         self.size = size
         self.data = data
         self.as_opener = as_opener
+        if data is None:
+            self.on_ring = backing.reads_on_ring
+        else:
+            # On FUSE a write that makes the file grow keeps its lock until it has returned, and one that waits for that lock
+            # would keep the kernel's thread, and with it other images' writes (P7).
+            self.on_ring = backing.writes_on_ring and not (as_opener or (grows and backing.apart))
 
     def __call__(self) -> bytes | int:
         """All of it, in a thread: `Backing.read` or `Backing.write`."""
@@ -506,14 +519,21 @@ class Backing:
 
     def write(self, offset: int, data: bytes, *, as_opener: bool = True) -> int:
         """Write all of *data*. Clears set-ID bits as the opener's write would, if it is made *as_opener*."""
+        if not (as_opener or self.serial):
+            return self._write(offset, data)
         # Without CAP_FSETID the kernel drops set-user-ID and set-group-ID bits on a write.
         acting = acting_as(self._opener, with_groups=False) if as_opener else contextlib.nullcontext()
-        with self._serial, self._using() as fd, acting:
-            self.unsynced = True
-            try:
-                return _write_whole(fd, data, offset)
-            finally:
-                self.unsynced = True  # a sync may have begun, and cleared it, before this landed
+        with self._serial, acting:
+            return self._write(offset, data)
+
+    def _write(self, offset: int, data: bytes) -> int:
+        description = self.enter()
+        self.unsynced = True
+        try:
+            return _write_whole(description.fd, data, offset)
+        finally:
+            self.unsynced = True  # a sync may have begun, and cleared it, before this landed
+            self.leave(description)
 
     def truncate(self, size: int) -> None:
         """Change the file's size."""

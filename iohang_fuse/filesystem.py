@@ -652,6 +652,7 @@ class Filesystem(pyfuse3.Operations):
             handle.image.where = functools.partial(self._where, node)
             handle.image.sampled = not node.key.handle
         handle.image.set_id |= opened.set_id
+        handle.image.wrote(opened.size)
         return handle
 
     def _told(self, handle: Handle) -> FileInfo:

@@ -207,15 +207,14 @@ class Trigger:
         self._dice = random.Random(seed)  # noqa: S311 - to be had again, not to be secret
         self._seen: tuple[int, int, int] | None = None
         self._rules: list[Rule] = []
+        self._changed: trio.Event | None = None  # while somebody looks for a change
 
     def rule(self, call: Call) -> Rule | None:
         """The rule in force for a call, if there is one."""
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
+        seen = self._status()
+        if seen is None:
             self._seen, self._rules = None, []
             return None
-        seen = (status.st_ino, status.st_mtime_ns, status.st_size)
         if seen != self._seen:
             self._seen = seen
             try:
@@ -225,15 +224,35 @@ class Trigger:
                 log.error("%s: %s; the rules before it stay in force", self._path, error)  # noqa: TRY400
         return next((rule for rule in self._rules if call.meets(rule, self._dice)), None)
 
+    def _status(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
     async def fault(self, call: Call) -> Rule | None:
         """The same once the rule's delay is over, and the rules that say `hang` are gone."""
         rule = self.rule(call)
         if rule is not None and rule.delay_s:
             await trio.sleep(rule.delay_s)
         while rule is not None and rule.hang:
-            await trio.sleep(0.02)
+            await self._change(self._seen)
             rule = self.rule(call)
         return rule
+
+    async def _change(self, seen: tuple[int, int, int] | None) -> None:
+        """Until the file is another than *seen*. One looks for all that hang: hundreds of them must not keep the others waiting."""
+        if self._changed is not None:
+            await self._changed.wait()
+            return
+        self._changed = changed = trio.Event()
+        try:
+            while self._status() == seen:  # noqa: ASYNC110 - of a file, which sets no trio.Event
+                await trio.sleep(0.02)
+        finally:
+            self._changed = None
+            changed.set()
 
 
 class _CachedFile:

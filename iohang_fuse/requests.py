@@ -68,25 +68,25 @@ class Image:
         self.witness: Backing | None = None
         self.opening_witness = False  # a writer is about to
         self._stat: os.stat_result | None = None
-        self._size = 0  # as it is since those attributes were read, by what has been written and cut
+        self.size = 0  # as it is since those attributes were read, by what has been written and cut
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
-        self._stat, self._size = attributes, attributes.st_size
+        self._stat, self.size = attributes, attributes.st_size
         self.set_id = bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID))
 
     def wrote(self, end: int) -> None:
         """A write up to *end* has succeeded."""
-        self._size = max(self._size, end)
+        self.size = max(self.size, end)
 
     def truncated(self, size: int) -> None:
         """The size was changed."""
-        self._size = size
+        self.size = size
         self.log.truncate(size)
 
     def remembered(self) -> tuple[os.stat_result, int] | None:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
-        return None if self._stat is None else (self._stat, self._size)
+        return None if self._stat is None else (self._stat, self.size)
 
     def open_witness(self, writer: Backing, transient: frozenset[int]) -> None:
         """Open the witness, if it can be had. In a thread, by one writer at a time, before its write.
@@ -266,7 +266,9 @@ class Requests:
                 # All that come at once to a file that was just opened: without a witness, each would put the log in doubt.
                 await self._wait(image, request, lambda: image.opening_witness)
             errors = image.log.errors
-            work: Callable[[], int] = Transfer(backing, offset, size, data, as_opener=image.set_id)  # type: ignore[assignment]
+            work: Callable[[], int] = Transfer(  # type: ignore[assignment]
+                backing, offset, size, data, as_opener=image.set_id, grows=end > image.size
+            )
             if image.witness is None and image.log.limit and not backing.stable:
                 return await self._write_first(handle, request, offset, data, work)
             written = await self._fly_writing(handle, request, offset, end, work)

@@ -369,7 +369,7 @@ class Opened(NamedTuple):
     *ring_reads*, *ring_writes*: io_uring is a way for them. The kernel has one thread at a time for all writes to a file, and
     for those to one in 64 of the others (io_wq_hash_work in io_uring/io_uring.c): one that does not return would be in the way
     of other images (P7). So it is a way where that thread's part is short: local file systems, which write to memory, and
-    direct I/O over a network, which goes on without it; but for FUSE, where a write waits for those before it.
+    direct I/O over a network, which goes on without it. On FUSE that is the only way to have two writes of one file under way.
     """
 
     fd: int
@@ -381,6 +381,7 @@ class Opened(NamedTuple):
     ring_reads: bool = False
     ring_writes: bool = False
     set_id: bool = False
+    size: int = 0
 
 
 class Where(NamedTuple):
@@ -414,7 +415,10 @@ def open_data(fd: int, flags: int, caller: Caller, *, direct: bool) -> Opened:
         if flags & _FMODE_EXEC:  # the kernel's own check is content with a right that others have
             syscalls.access(path, os.X_OK)
         try:
-            data = os.open(path, kept | (flags & os.O_TRUNC))
+            if direct and flags & os.O_DIRECT and not flags & os.O_TRUNC and magic_of(fd) in _DIRECT:
+                data = _open_direct(path, kept)
+            else:
+                data = os.open(path, kept | (flags & os.O_TRUNC))
         except PermissionError:
             if not flags & _FMODE_EXEC:
                 raise
@@ -422,6 +426,19 @@ def open_data(fd: int, flags: int, caller: Caller, *, direct: bool) -> Opened:
     if data < 0:  # execve(2) of a file that may be executed but not read: the kernel reads it, not the caller
         data = os.open(path, kept)
     return _opened(data, kept, direct=direct and bool(flags & os.O_DIRECT))
+
+
+def _open_direct(path: str, flags: int) -> int:
+    """With O_DIRECT from the beginning, if that is to be had: a FUSE server may then keep the kernel's cache out of the way.
+
+    Otherwise the kernel asks it for the file's size before each read, and for security.capability before each write.
+    """
+    try:
+        return os.open(path, flags | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.open(path, flags)
 
 
 def create_data(
@@ -458,7 +475,8 @@ def create_data(
 def _opened(data: int, kept: int, *, direct: bool) -> Opened:
     """With direct I/O where it is wanted and had.
 
-    It is switched on with fcntl(2), because an open(2) that a FUSE file system refuses may already have truncated the file.
+    Where it is not yet, it is switched on with fcntl(2), because an open(2) that a FUSE file system refuses may already have
+    truncated the file.
     """
     try:
         magic = syscalls.file_system_magic(data)
@@ -482,8 +500,9 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
         attributes.st_dev,
         nowait=magic in _LOCAL and _has_nowait(data),
         ring_reads=ring,
-        ring_writes=ring and magic != syscalls.FUSE_SUPER_MAGIC,
+        ring_writes=ring,
         set_id=bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID)),
+        size=attributes.st_size,
     )
 
 
@@ -523,11 +542,12 @@ def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:
 def open_same(fd: int, flags: int, opener: Caller) -> int:
     """One more open file description of the very file of *fd*."""
     path, asked = by_descriptor(fd), flags & ~os.O_DIRECT
+    open_it = _open_direct if flags & os.O_DIRECT else os.open
     try:
         with acting_as(opener):
-            data = os.open(path, asked)
+            data = open_it(path, asked)
     except PermissionError:  # its user may since have taken the right from himself; who has it open keeps it
-        data = os.open(path, asked)
+        data = open_it(path, asked)
     if flags & os.O_DIRECT:
         with contextlib.suppress(OSError):  # as in `_opened`
             fcntl.fcntl(data, fcntl.F_SETFL, fcntl.fcntl(data, fcntl.F_GETFL) | os.O_DIRECT)
