@@ -26,7 +26,7 @@ import outcome
 import trio
 
 from iohang_fuse import syscalls
-from iohang_fuse.source import Caller, Opened, Where, acting_as, open_again, open_same
+from iohang_fuse.source import Caller, Opened, Where, acting_as, open_again, open_same, without_atime
 
 try:
     from caio import linux_uring
@@ -169,7 +169,8 @@ class _RingFlight(Flight["bytes | int"]):
         work, operation = self._work, self._operation
         del self._operation  # it has this method, which has it
         self._engine.on_ring -= 1
-        work.backing.unsynced |= work.data is not None  # a sync may have begun, and cleared it, before this landed
+        if work.data is not None:
+            work.backing.unsynced = True  # a sync may have begun, and cleared it, before this landed
         if work.backing.left(self._description):
             self._engine.close_later(self._description.fd)
         if count == work.size or (count == 0 and work.data is None):  # 0: at the end of the file
@@ -333,7 +334,8 @@ class Engine:
             self._to_send = False
             try:
                 self._ring.flush()
-            except SystemError as error:  # caio's word for an errno: no memory, say. It is all still on the ring
+            except Exception as error:  # noqa: BLE001 - trio would never call this again, and nothing be handed over any more
+                # SystemError is caio's word for an errno: no memory, say. It is all still on the ring.
                 log.debug("io_uring_enter: %s; once more", error)
                 self._to_send = True
                 os.eventfd_write(self._ring.fileno, 1)
@@ -372,6 +374,19 @@ class _Ring:
                 f"{error}; see sysctl kernel.io_uring_disabled, and the unit's SystemCallFilter"
             ) from error
         self.fileno = self._context.fileno
+        try:
+            self._map(before)
+        except (OSError, StopIteration) as error:
+            raise Unavailable(f"the submission queue cannot be had: {error}") from error
+        self._submitted = 0
+        self.poll, self.process_events, self.flush = (
+            self._context.poll,
+            self._context.process_events,
+            self._context.flush,
+        )
+        self._try()
+
+    def _map(self, before: set[str]) -> None:
         fd = next(
             int(name)
             for name in sorted({*os.listdir("/proc/self/fd")} - before)
@@ -386,13 +401,6 @@ class _Ring:
             1 << _MOST_ON_RING.bit_length()
         )  # caio asks for one more, and the kernel makes a power of two of it
         self._queue = mmap.mmap(fd, self._entries * _SQE_BYTES, offset=_IORING_OFF_SQES)
-        self._submitted = 0
-        self.poll, self.process_events, self.flush = (
-            self._context.poll,
-            self._context.process_events,
-            self._context.flush,
-        )
-        self._try()
 
     def submit(self, operation: linux_uring.Operation) -> None:
         """Put *operation* on the ring; `flush` hands it over."""
@@ -486,15 +494,21 @@ class Backing:
 
         RWF_NOWAIT alone is not enough: for what is not in the cache it starts to read, and a disk that hangs may keep it there.
         """
-        fd = self._now.fd
-        if self._now.closed or not syscalls.is_cached(fd, offset, size):
+        # Under the lock, or another thread may close the descriptor, and a third one get its number for another file. Nobody keeps
+        # it for long, but the loop waits for nobody.
+        if not self._lock.acquire(blocking=False):
             return None
-        data = bytearray(size)
         try:
+            fd = self._now.fd
+            if self._now.closed or not syscalls.is_cached(fd, offset, size):
+                return None
+            data = bytearray(size)
             if os.preadv(fd, (data,), offset, os.RWF_NOWAIT) == size:
                 return data  # type: ignore[return-value]  # nobody changes it; making bytes of it would be one copy more
         except OSError:
             pass  # an attempt that may wait will meet it, too
+        finally:
+            self._lock.release()
         return None
 
     def read(self, offset: int, size: int) -> bytes:
@@ -589,15 +603,20 @@ class Backing:
                 return False
             with self._using() as fd:
                 new = open_again(fd, self._flags, self._opener, where)
-            with self._lock:
-                if self._now.replaced:  # closed in the meantime
-                    os.close(new)
-                    return False
-                old, self._now = self._now, _Description(new)
-                self.device = _device(new)
-                self.generation += 1
-                old.replaced = True
-                old.closed = unused = not old.users
+            device = _device(new)
+            reads_cached = self.reads_cached and without_atime(new)
+            with self._lock:  # the event loop takes it, too: no system call under it
+                closed = self._now.replaced
+                old = self._now
+                if not closed:
+                    self._now = _Description(new)
+                    self.device, self.reads_cached = device, reads_cached
+                    self.generation += 1
+                    old.replaced = True
+                    old.closed = unused = not old.users
+            if closed:  # in the meantime
+                _close_quietly(new)
+                return False
             if unused:
                 _close_quietly(old.fd)
             return True

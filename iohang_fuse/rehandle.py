@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 SHARE = 64
-"""Attempts in flight for one image while it is healthy: enough to keep a network busy, and 200 images that all block at
-once still stay within systemd's default TasksMax (4915)."""
+"""Attempts in flight for one image while it is healthy: enough to keep a network with 2 ms and 30,000 operations a second busy.
+Where each is a thread, 70 images that all block at once stay within systemd's default TasksMax (4915); beyond that an attempt that
+gets no thread fails with EAGAIN, which is held, and so TasksMax= has to be raised for more."""
 
 TICK_BUDGET = 64
 """Held requests tried again per tick while the gate is closed: 10,000 held must not cost more than a few ms of CPU per

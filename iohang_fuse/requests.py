@@ -67,13 +67,14 @@ class Image:
         self.resizes = 0  # changes of size that have begun or ended
         self.witness: Backing | None = None
         self.opening_witness = False  # a writer is about to
+        self.no_witness = False  # it could not be had
         self._stat: os.stat_result | None = None
         self.size = 0  # as it is since those attributes were read, by what has been written and cut
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
         self._stat, self.size = attributes, attributes.st_size
-        self.set_id = bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID))
+        self.set_id |= bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID))  # what is read here may be older
 
     def wrote(self, end: int) -> None:
         """A write up to *end* has succeeded."""
@@ -89,7 +90,7 @@ class Image:
         return None if self._stat is None else (self._stat, self.size)
 
     def open_witness(self, writer: Backing, transient: frozenset[int]) -> None:
-        """Open the witness, if it can be had. In a thread, by one writer at a time, before its write.
+        """Open the witness, if it can be had. In a thread, by one writer at a time, before anything is written.
 
         Raises what is *transient*. Nothing else is a reason to fail a write: who may open the file no more, no descriptor left,
         a file system that finds an unlinked file no more.
@@ -99,6 +100,7 @@ class Image:
         except OSError as error:
             if error.errno in transient:
                 raise
+            self.no_witness = True
 
     def to_sync(self, handle: Handle) -> Backing | None:
         """What a sync on *handle* has to sync. None if it was closed while its request waited, and nobody may write any more."""
@@ -192,6 +194,7 @@ class Requests:
             image = self.images[node_id] = Image(node_id, name, self._policy, self._held_bytes, self._write_log)
             image.held.holding = self.holding
             image.held.fences = self._fences.pop(node_id, image.held.fences)
+        image.no_witness = False  # this one's opener may be able to
         handle = Handle(self._next_handle, image, backing, flags)
         self._next_handle += 1
         image.handles[handle.number] = self.handles[handle.number] = handle
@@ -262,41 +265,36 @@ class Requests:
         end = offset + size
 
         async def attempt(request: Request) -> int:
-            if image.opening_witness:
-                # All that come at once to a file that was just opened: without a witness, each would put the log in doubt.
-                await self._wait(image, request, lambda: image.opening_witness)
-            errors = image.log.errors
+            needs_witness = image.log.limit and not backing.stable
+            if needs_witness and image.witness is None and not image.no_witness:
+                await self._have_witness(handle, request)
+            errors, witnessed = image.log.errors, image.witness is not None
             work: Callable[[], int] = Transfer(  # type: ignore[assignment]
                 backing, offset, size, data, as_opener=image.set_id, grows=end > image.size
             )
-            if image.witness is None and image.log.limit and not backing.stable:
-                return await self._write_first(handle, request, offset, data, work)
             written = await self._fly_writing(handle, request, offset, end, work)
+            if needs_witness and not witnessed:
+                image.log.doubt()
             self._written(handle, offset, data, errors)
             return written
 
         return await self.run(handle, Op.WRITE, offset, size, attempt)
 
-    async def _write_first(
-        self, handle: Handle, request: Request, offset: int, data: bytes, write: Callable[[], int]
-    ) -> int:
-        """A write to an image that has no witness yet: open it, in the same thread and before it."""
-        image, errors = handle.image, handle.image.log.errors
+    async def _have_witness(self, handle: Handle, request: Request) -> None:
+        """Open the witness before the first write; who comes meanwhile waits, or would put the log in doubt.
 
-        def work() -> int:
-            image.open_witness(handle.backing, self._policy.errors)
-            return write()
-
+        Not for that write: it may not return, and others must not wait for it (P4).
+        """
+        image = handle.image
+        await self._wait(image, request, lambda: image.opening_witness)
+        if image.witness is not None or image.no_witness:
+            return
         image.opening_witness = True
         try:
-            written = await self._fly_writing(handle, request, offset, offset + len(data), work)
+            await self._fly(handle, request, lambda: image.open_witness(handle.backing, self._policy.errors))
         finally:
             image.opening_witness = False
             image.bystanders.unpark_all()
-        if image.witness is None:
-            image.log.doubt()
-        self._written(handle, offset, data, errors)
-        return written
 
     def _written(self, handle: Handle, offset: int, data: bytes, errors_before: int) -> None:
         """A write has succeeded, and is about to be acknowledged."""

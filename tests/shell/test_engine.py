@@ -15,7 +15,7 @@ import trio
 
 from iohang_fuse import engine as engine_module
 from iohang_fuse.engine import Abandoned, Backing, Engine, Transfer, Unavailable
-from iohang_fuse.source import SERVER, Opened
+from iohang_fuse.source import SERVER, Opened, Where, open_data
 from tests.shell.fakes import Sky
 
 if TYPE_CHECKING:
@@ -430,7 +430,10 @@ async def test_what_the_ring_leaves_over_is_done_in_a_thread(
     backing.close()
 
 
-async def test_without_memory_the_ring_tries_again(ring: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [SystemError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()])
+async def test_without_memory_the_ring_tries_again(
+    ring: Place, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """io_uring_enter(2) may fail; what is on the ring stays there, and goes with the next try."""
     real, failures = ring.engine._ring, []
 
@@ -441,7 +444,7 @@ async def test_without_memory_the_ring_tries_again(ring: Place, monkeypatch: pyt
         def flush(self) -> int:
             if len(failures) < 3:
                 failures.append(1)
-                raise SystemError(errno.ENOMEM, "Cannot allocate memory")
+                raise error
             return real.flush()
 
     monkeypatch.setattr(ring.engine, "_ring", Failing())
@@ -472,3 +475,61 @@ def test_where_the_kernel_refuses_a_ring(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(engine_module, "linux_uring", Refused())
     assert "kernel.io_uring_disabled" in Engine("auto").why_not
+
+
+# ---- at once, from the page cache
+
+
+@pytest.fixture
+def cached(path: Path) -> Iterator[Backing]:
+    """A file of which the page cache has all, on a file system that can be asked for that."""
+    opened = open_data(os.open(path, os.O_PATH), os.O_RDWR, SERVER, direct=True)
+    if not opened.nowait:
+        pytest.skip(f"{path} lies on a file system that cannot be asked for what is cached (RWF_NOWAIT)")
+    backing = Backing(opened, SERVER)
+    backing.read(0, 4096)
+    yield backing
+    backing.close()
+
+
+def test_what_is_cached_is_read_at_once(cached: Backing, path: Path) -> None:
+    """Issue: "Where the source supports RWF_NOWAIT, cached reads are answered inline": whole, or not at all."""
+    assert cached.read_cached(100, 50) == path.read_bytes()[100:150]
+    assert cached.read_cached(0, 4096) == path.read_bytes()
+    assert cached.read_cached(4000, 200) is None, "at its end an attempt has to tell how much there is"
+
+
+def test_what_is_not_cached_is_not_asked_for(cached: Backing, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may ever block the loop: RWF_NOWAIT would start to read from the disk, and may wait to hand that over."""
+    os.fsync(cached.enter().fd)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    asked = []
+    monkeypatch.setattr(engine_module.os, "preadv", lambda *args: asked.append(args))
+    assert cached.read_cached(0, 4096) is None
+    assert asked == []
+
+
+def test_reads_do_not_change_the_time_of_the_last_access(cached: Backing, path: Path) -> None:
+    """That change waits for the journal of a disk that hangs, on the event loop: also of a descriptor that was opened anew."""
+
+    def flags() -> int:
+        description = cached.enter()
+        cached.leave(description)
+        return fcntl.fcntl(description.fd, fcntl.F_GETFL)
+
+    assert flags() & os.O_NOATIME
+    where = Where(str(path.parent), path.name.encode(), path.stat().st_ino, b"", 0)
+    assert cached.renew(where, 0)
+    assert flags() & os.O_NOATIME
+    assert cached.reads_cached
+
+
+def test_a_descriptor_that_is_being_replaced_is_not_read_from(cached: Backing) -> None:
+    """It may be closed, and its number another file's, between a look at it and the read: not without the lock, and no waiting."""
+    with cached._lock:
+        assert cached.read_cached(0, 10) is None
+    assert cached.read_cached(0, 10) is not None
+    cached._now.closed = True
+    assert cached.read_cached(0, 10) is None
+    cached._now.closed = False

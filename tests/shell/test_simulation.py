@@ -484,3 +484,33 @@ async def test_found_writes_that_wait_for_room_for_ever(bench: Make, autojump_cl
         await trio.sleep(1)
     await trio.sleep(100)
     assert all(answers)
+
+
+async def test_nobody_waits_for_the_first_write(bench: Make, autojump_clock: MockClock) -> None:
+    """P4: "Nothing else waits": others wait for the witness to be open, and not for the write that had it opened."""
+    it = bench()
+    handle = it.open()
+    it.flights_s = [(1.0, 0.0), (10.0, 0.0)]  # the opening of the witness, and the first write
+    began_s = trio.current_time()
+    first = it.start(lambda: it.requests.write(handle, 0, b"1111"))
+    answers = [it.start(lambda at=at: it.requests.write(handle, at, b"2222")) for at in (64, 128, 192)]
+    await trio.sleep(1.5)
+    assert answers == [[4], [4], [4]]
+    assert not first
+    assert not handle.image.log.in_doubt, "they waited for the witness"
+    while not first:  # noqa: ASYNC110 - on a clock that jumps
+        await trio.sleep(0.1)
+    assert trio.current_time() - began_s >= 11
+
+
+async def test_without_a_witness_to_be_had_writes_go_on(bench: Make, autojump_clock: MockClock) -> None:
+    """No descriptor left is no reason to wait: each write goes at once, and puts the log in doubt."""
+    it = bench()
+    handle = it.open()
+    it.failing["open same"] = Fault(errno.EMFILE)
+    it.flights_s = [(0.0, 0.0), *[(1.0, 0.0)] * 8]
+    answers = [it.start(lambda at=at: it.requests.write(handle, at, b"2222")) for at in range(0, 64, 8)]
+    await trio.sleep(1.2)
+    assert answers == [[4]] * 8, "at once, and not one after the other"
+    assert handle.image.log.in_doubt
+    assert not handle.image.held.hanging
