@@ -55,6 +55,9 @@ without waiting, each read is one of them while it is under way."""
 _SQE_BYTES, _FLAGS_AT, _IOSQE_ASYNC, _IORING_OFF_SQES = 64, 1, 1 << 4, 0x10000000
 """struct io_uring_sqe: its size, where its flags are, one of them; where mmap(2) has the submission queue (linux/io_uring.h)."""
 
+_SMALL_BYTES = 64 << 10
+_large = bytearray(1 << 20)  # FUSE's largest read
+
 _TRY_AGAIN = frozenset({-errno.EINTR, -errno.EAGAIN, -errno.ECANCELED})
 
 _GATHERED_BYTES = 1 << 20
@@ -492,6 +495,8 @@ class Backing:
     def read_cached(self, offset: int, size: int) -> bytes | None:
         """All of the *size* bytes, if the kernel has them in its page cache; None otherwise. Never waits.
 
+        A large answer is valid until the next call only: pyfuse3 has copied it to the kernel before another task runs.
+
         RWF_NOWAIT alone is not enough: for what is not in the cache it starts to read, and a disk that hangs may keep it there.
         """
         # Under the lock, or another thread may close the descriptor, and a third one get its number for another file. Nobody keeps
@@ -502,7 +507,8 @@ class Backing:
             fd = self._now.fd
             if self._now.closed or not syscalls.is_cached(fd, offset, size):
                 return None
-            data = bytearray(size)
+            # A new MiB of zeros, to be overwritten at once, takes as long as the read.
+            data = memoryview(_large)[:size] if _SMALL_BYTES < size <= len(_large) else bytearray(size)
             if os.preadv(fd, (data,), offset, os.RWF_NOWAIT) == size:
                 return data  # type: ignore[return-value]  # nobody changes it; making bytes of it would be one copy more
         except OSError:
