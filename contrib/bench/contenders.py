@@ -203,6 +203,11 @@ def _mount_source(name: str, directory: Path, scratch: Path) -> ForeignServer | 
         program = compiled(HERE / "delayed_source.c", scratch)
         command = [str(program), "-f", "-o", f"source={directory}", str(mountpoint)]
         return ForeignServer(command, file, mountpoint, log, DELAY_US=str(DELAY_US))
+    if name == "flaky-0.5ms":
+        rule = scratch / "rule"
+        rule.write_text(f"read,write * delay={DELAY_US / 1e6}\n")
+        command = [sys.executable, "-m", "iohang_fuse.flaky", str(directory), str(mountpoint), str(rule)]
+        return ForeignServer(command, file, mountpoint, log)
     return None
 
 
@@ -210,7 +215,7 @@ def _mount_source(name: str, directory: Path, scratch: Path) -> ForeignServer | 
 def source(name: str) -> Iterator[Site]:
     """SOURCE *name* with the file in it, gone afterwards. Raises UnavailableError where it cannot be."""
     disk = Path(os.environ.get("TMPDIR", "/var/tmp"))  # noqa: S108 - the disk's place for what is large
-    place = Path("/dev/shm") if name in ("tmpfs", "fuse-0.5ms") else disk  # noqa: S108 - the one tmpfs that all have
+    place = Path("/dev/shm") if name == "tmpfs" or name.endswith("-0.5ms") else disk  # noqa: S108 - the one tmpfs that all have
     kind = file_system(place)
     if place != disk and kind != "tmpfs":
         raise UnavailableError(f"{place} is {kind}, not tmpfs")

@@ -52,6 +52,7 @@ SOURCES: Mapping[str, str] = {
     "ext4": "ext4, file in the page cache",
     "fuse": "FUSE (bindfs over ext4)",
     "fuse-0.5ms": f"FUSE with {DELAY_US / 1000:g} ms per operation (passthrough_ll over tmpfs)",
+    "flaky-0.5ms": f"FUSE with {DELAY_US / 1000:g} ms per operation (iohang-flaky over tmpfs)",
 }
 """bindfs as the plain FUSE source: in C, of others' making, and as it comes: one thread."""
 
@@ -148,7 +149,7 @@ NETWORK_WORKLOADS = (
 
 def workloads_of(source_name: str) -> tuple[Workload, ...]:
     """A source with latency has others."""
-    return NETWORK_WORKLOADS if source_name == "fuse-0.5ms" else WORKLOADS
+    return NETWORK_WORKLOADS if source_name.endswith("-0.5ms") else WORKLOADS
 
 
 GUEST_WORKLOADS = (

@@ -204,7 +204,7 @@ def test_a_bad_argument_is_one_line(words: list[str], complaint: str, capsys: py
 
 def test_without_arguments_all_is_measured() -> None:
     arguments = parse_arguments([])
-    assert len(arguments.source) == 4
+    assert len(arguments.source) == 5
     assert {CEILING, PEER, SOURCE, *OURS} < {*arguments.contender}
     assert arguments.json == Path("build/benchmark.json")
 
