@@ -511,7 +511,8 @@ def test_errors_injected_into_our_own_system_calls(
     image = tmp_path / "src" / "vm.img"
     content = os.urandom(64 * BLOCK)
     image.write_bytes(content)
-    with Mount(tmp_path / "src", tmp_path / "mnt", "interval=0.2", "timeout=30", log=tmp_path / "log") as mount:
+    options = "engine=threads", "interval=0.2", "timeout=30"
+    with Mount(tmp_path / "src", tmp_path / "mnt", *options, log=tmp_path / "log") as mount:
         fd = os.open(mount.mountpoint / "vm.img", os.O_RDWR)
         try:
             os.pread(fd, 512, 0)  # so that the page cache has what the kernel may ask for itself
