@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib
 import logging
 import math
 import mmap
@@ -28,17 +29,12 @@ import trio
 from iohang_fuse import syscalls
 from iohang_fuse.source import Caller, Opened, Where, acting_as, open_again, open_same, without_atime
 
-try:
-    from caio import linux_uring
-except ImportError as error:  # it asks the kernel when it is imported
-    linux_uring, _NO_URING = None, str(error)  # type: ignore[assignment]
-else:
-    _NO_URING = ""
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
+linux_uring: Any = None  # caio's module, once a ring was asked for
+_no_uring = ""  # why it cannot be imported
 log = logging.getLogger(__name__)
 
 _IDLE_S = 10.0
@@ -300,7 +296,7 @@ class Engine:
             return _RingFlight(self, work, on_late_return)  # type: ignore[return-value]
         return Flight(self, work, on_late_return)
 
-    def send(self, operation: linux_uring.Operation) -> None:
+    def send(self, operation: Any) -> None:
         """Put *operation* on the ring. The kernel gets it, with all others of this turn, before the loop waits again."""
         assert self._ring is not None
         self._ring.submit(operation)
@@ -354,6 +350,16 @@ class _Sender(trio.abc.Instrument):
         self._flush()
 
 
+def _import_caio() -> None:
+    """Only for who wants a ring: it asks the kernel when it is imported, and a seccomp filter may kill for that."""
+    global linux_uring, _no_uring  # noqa: PLW0603
+    if linux_uring is None and not _no_uring:
+        try:
+            linux_uring = importlib.import_module("caio.linux_uring")
+        except ImportError as error:
+            _no_uring = str(error)
+
+
 class _Ring:
     """caio's io_uring, with IOSQE_ASYNC on each operation: handing it over never waits for the file.
 
@@ -367,8 +373,9 @@ class _Ring:
 
     def __init__(self) -> None:
         """Raises `Unavailable`."""
+        _import_caio()
         if linux_uring is None:
-            raise Unavailable(_NO_URING)
+            raise Unavailable(_no_uring)
         before = {*os.listdir("/proc/self/fd")}
         try:
             self._context = linux_uring.Context(_MOST_ON_RING)
@@ -405,7 +412,7 @@ class _Ring:
         )  # caio asks for one more, and the kernel makes a power of two of it
         self._queue = mmap.mmap(fd, self._entries * _SQE_BYTES, offset=_IORING_OFF_SQES)
 
-    def submit(self, operation: linux_uring.Operation) -> None:
+    def submit(self, operation: Any) -> None:
         """Put *operation* on the ring; `flush` hands it over."""
         self._context.submit(operation)
         self._queue[self._submitted % self._entries * _SQE_BYTES + _FLAGS_AT] = _IOSQE_ASYNC

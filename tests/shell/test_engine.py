@@ -7,6 +7,8 @@ import errno
 import fcntl
 import gc
 import os
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -458,12 +460,18 @@ async def test_without_memory_the_ring_tries_again(
 def test_without_io_uring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue: "`threads` where io_uring is not to be had"; who asks for uring by name is told why not."""
     monkeypatch.setattr(engine_module, "linux_uring", None)
-    monkeypatch.setattr(engine_module, "_NO_URING", "io_uring_setup failed: no such luck")
+    monkeypatch.setattr(engine_module, "_no_uring", "io_uring_setup failed: no such luck")
     engine = Engine("auto")
     assert engine.name == "threads"
     assert engine.why_not == "io_uring_setup failed: no such luck"
     with pytest.raises(Unavailable, match="no such luck"):
         Engine("uring")
+
+
+def test_without_a_wish_for_it_the_kernel_is_not_asked_for_io_uring() -> None:
+    """A seccomp filter may kill whoever asks: engine=threads does not."""
+    program = "import sys; from iohang_fuse.engine import Engine; Engine('threads'); sys.exit('caio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_where_the_kernel_refuses_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
