@@ -1,10 +1,11 @@
 """Data I/O on backing files, without blocking the event loop.
 
-1. An attempt is one function call in a worker thread; its coroutine sleeps until it lands. Nothing is decided here:
-   how many attempts an image may have in flight is the rehandle list's business.
+1. An attempt is an operation on the ring or a function call in a thread; its coroutine sleeps until it lands. Nothing is
+   decided here but which of both: how many attempts an image may have in flight is the rehandle list's business.
 2. A short count is never an answer: reads go on to the end of the file, writes to the end of their data (P6). A write
    that failed half way is not continued by the next attempt: that one writes all of it again.
-3. A write in a thread cannot be called back. `Flight.abandon` is for reads.
+3. A write that is under way cannot be called back. `Flight.abandon` is for reads.
+4. The event loop makes one call of a file system itself, which does not wait: `Backing.read_cached`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ waiting  10,000 requests are held on A, by native AIO. What does the server cost
          the timer that notices, so it is up to an interval (5 s). The bound is on *all within*, from the first answer to the
          last.
 blocked  requests on A go into the source and do not come back, as on a `hard` mount: more of them than an image may have there
-         (rehandle.SHARE), so that the rest wait in front; and on four images at once, so that 64 are inside. A source that
-         is a FUSE file system makes direct writes to one file wait for its lock, so that of those one is inside.
+         (rehandle.SHARE, 64), so that the rest wait in front; and on four images at once. With engine=threads, of direct writes to
+         one file one alone is inside: the source is a FUSE file system, whose kernel keeps the file's lock for it.
 
 Beside B stand `ls`, `df`, `stat`, and open and close of another file, in milliseconds, while A is well and while it is not.
 
