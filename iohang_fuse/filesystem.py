@@ -26,7 +26,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
 from iohang_fuse import source, syscalls
-from iohang_fuse.engine import Backing
+from iohang_fuse.backing import Backing
 from iohang_fuse.inodes import ROOT, Inodes, Node
 from iohang_fuse.source import Attributes, Caller, Found, Where
 

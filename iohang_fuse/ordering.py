@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_BLOCK_BITS = 16
+BLOCK_BITS = 16
 """Blocks of 64 KiB: FUSE's largest write (1 MiB) is in 17 of them at most, and 16 writes of 4 KiB fill one."""
 
 _MOST_FENCES = 64
@@ -29,14 +29,17 @@ _MOST_FENCES = 64
 
 def blocks(start: int, end: float) -> range:
     """The numbers of the blocks in which a finite range lies."""
-    return range(start >> _BLOCK_BITS, (int(end) - 1 >> _BLOCK_BITS) + 1)
+    return range(start >> BLOCK_BITS, (int(end) - 1 >> BLOCK_BITS) + 1)
 
 
 class Turn(Generic[T]):
     """The place in the order of one request, which is *whose*. Its bytes are `start <= byte < end`."""
 
-    # Not a dataclass, and no set before there is something in it: one is made for each write.
-    __slots__ = ("after", "before", "blocks", "end", "kind", "left", "seq", "start", "waits", "whose")
+    # What most never change is the class's own: one is made for each write.
+    before: set[Turn[T]] | None = None  # writes that it waits for
+    after: dict[Turn[T], None] | None = None  # who waits for it, oldest first
+    waits = False
+    left = False
 
     def __init__(self, whose: T, seq: int, start: int, end: float, kind: str) -> None:
         self.whose = whose
@@ -44,11 +47,7 @@ class Turn(Generic[T]):
         self.start = start
         self.end = end
         self.kind = kind
-        self.before: set[Turn[T]] | None = None  # writes that it waits for
-        self.after: dict[Turn[T], None] | None = None  # who waits for it, oldest first
-        self.blocks = blocks(start, end) if end != math.inf else range(0)
-        self.waits = False
-        self.left = False
+        self.blocks = range(start >> BLOCK_BITS, (int(end) - 1 >> BLOCK_BITS) + 1) if end != math.inf else range(0)
 
     def overlaps(self, start: int, end: float) -> bool:
         """Whether it has a byte of that range."""
@@ -90,13 +89,12 @@ class Ordering(Generic[T]):
         self._unfinished.append(turn)
         if end == math.inf:
             self._wide[turn] = None
-        else:
-            for number in turn.blocks:
-                block = self._blocks.get(number)
-                if block is None:
-                    self._blocks[number] = {turn: None}
-                else:
-                    block[turn] = None
+        for number in turn.blocks:
+            block = self._blocks.get(number)
+            if block is None:
+                self._blocks[number] = {turn: None}
+            else:
+                block[turn] = None
         return turn
 
     def sync(self, whose: T) -> Turn[T]:
@@ -139,7 +137,7 @@ class Ordering(Generic[T]):
     def _arrive(self, whose: T, start: int, end: float, kind: str) -> Turn[T]:
         self._seq += 1
         turn = Turn(whose, self._seq, start, end, kind)
-        if self.writes:
+        if self.writes and (self._wide or not turn.blocks or not self._blocks.keys().isdisjoint(turn.blocks)):
             earlier = {*self._earlier(start, end)}
             if earlier:
                 turn.wait_for(earlier)
@@ -156,7 +154,7 @@ class Ordering(Generic[T]):
                 if turn.start <= start:
                     break
         for number in blocks(start, end):
-            low, high = max(start, number << _BLOCK_BITS), min(end, (number + 1) << _BLOCK_BITS)
+            low, high = max(start, number << BLOCK_BITS), min(end, (number + 1) << BLOCK_BITS)
             for turn in reversed(self._blocks.get(number, ())):
                 if turn.start < high and low < turn.end:
                     yield turn
@@ -167,17 +165,18 @@ class Ordering(Generic[T]):
         self.writes -= 1
         if turn.end == math.inf:
             del self._wide[turn]
-        else:
-            for number in turn.blocks:
-                block = self._blocks[number]
+        for number in turn.blocks:
+            block = self._blocks[number]
+            if len(block) == 1:
+                del self._blocks[number]
+            else:
                 del block[turn]
-                if not block:
-                    del self._blocks[number]
-        while self._unfinished and self._unfinished[0].left:
-            self._unfinished.popleft()
+        unfinished = self._unfinished
+        while unfinished and unfinished[0].left:
+            unfinished.popleft()
         # One old write that is held must not keep all that came after it in memory.
-        if len(self._unfinished) > 2 * self.writes + 64:
-            self._unfinished = deque(other for other in self._unfinished if not other.left)
+        if len(unfinished) > 2 * self.writes + 64:
+            self._unfinished = deque(other for other in unfinished if not other.left)
 
     def _synced(self) -> Iterator[T]:
         oldest = self._unfinished[0].seq if self._unfinished else math.inf

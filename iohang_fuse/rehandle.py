@@ -110,6 +110,7 @@ class Request:
     turn: Turn[Request] | None = None  # its place in the order
     answer: int | None = None  # the errno to answer, once ENDED by a give-up
     wake: Callable[[], None] | None = None  # the shell's: whoever waits for this request's next state
+    aloft: bool = False  # the shell's: an attempt is inside a system call, or about to be
 
     def __init__(self, seq: int, op: Op, offset: int, length: int, arrived_s: float) -> None:
         self.seq = seq
@@ -225,16 +226,20 @@ class RehandleList:
         self._seq += 1
         self._live += 1
         request = Request(self._seq, op, offset, length, now)
-        if ordered:
-            request.turn = self._take_place(request, offset + length if end is None else end)
-        behind = request.turn is not None and request.turn.waits
+        turn = self._take_place(request, offset + length if end is None else end) if ordered else None
+        request.turn = turn
+        behind = turn is not None and turn.waits
         slots = self.policy.share if self.gate_open else self.policy.recovery_gate
         if (
             not (behind or self._ready)
             and len(self._trying) + self._abandoned < slots
             and (self.room or self._has_room(request))
         ):
-            self._start(request, now)
+            # `_start`, without the call
+            request.state = State.TRYING
+            request.attempts = 1
+            request.started_s = now
+            self._trying[self._seq] = request
             return request, NOTHING
         step = Step()
         if behind:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from iohang_fuse.engine import Abandoned, Backing, Engine, Transfer
+from iohang_fuse.backing import Backing
+from iohang_fuse.engine import Abandoned, Engine, Transfer
 from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
 from iohang_fuse.ordering import Fences
 from iohang_fuse.rehandle import NOTHING, HeldBytes, Policy, RehandleList, Request, State, Step
@@ -75,6 +76,18 @@ class Image:
         """Remember attributes that SOURCE has just given."""
         self._stat, self.size = attributes, attributes.st_size
         self.set_id |= bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID))  # what is read here may be older
+
+    def writes(self, request: Request, start: int, end: float) -> None:
+        """An attempt to change these bytes begins."""
+        self.writing[request] = start, end
+        if self.samples:
+            self.samples = [(at, data) for at, data in self.samples if end <= at or at + len(data) <= start]
+
+    def writes_no_more(self, request: Request) -> None:
+        """It is over."""
+        del self.writing[request]
+        if self.bystanders:
+            self.bystanders.unpark_all()
 
     def wrote(self, end: int) -> None:
         """A write up to *end* has succeeded."""
@@ -166,7 +179,6 @@ class Requests:
             trio.current_time
         )  # on the hot path without its two detours, once there is a run
         self._next_handle = 1
-        self._aloft: set[Request] = set()  # attempts that are inside a system call, or about to be
         self._fences: dict[int, Fences] = {}  # by node: of images that are closed
         self.images: dict[int, Image] = {}
         self.handles: dict[int, Handle] = {}
@@ -260,25 +272,54 @@ class Requests:
 
     async def write(self, handle: Handle, offset: int, data: bytes) -> int:
         """Write all of *data* at *offset*. Raises OSError when it was given up or its error is passed on."""
-        image, backing = handle.image, handle.backing
-        size = len(data)
-        end = offset + size
+        image, backing, size = handle.image, handle.backing, len(data)
+        held, end = image.held, offset + size
+        request, step = held.arrive(Op.WRITE, offset, size, self._now())
+        begun = 0
+        if step is NOTHING and self._is_plain(image, backing):
+            # Most of them. All that `attempt` does beyond this needs a reason, of which `_is_plain` finds none.
+            begun, errors = 1, image.log.errors
+            image.writes(request, offset, end)
+            try:
+                await self._attempt(
+                    handle, request, Transfer(backing, offset, size, data, image.set_id, end > image.size)
+                )
+            except OSError as error:
+                backing.failed(error)
+                step = self._failed(image, request, error)
+            except BaseException:
+                self._gone(image, request, begun)
+                raise
+            else:
+                self._written(handle, offset, data, errors)
+                self._apply(image, held.succeeded(request, self._now()))
+                return size
+            finally:
+                image.writes_no_more(request)
 
         async def attempt(request: Request) -> int:
             needs_witness = image.log.limit and not backing.stable
             if needs_witness and image.witness is None and not image.no_witness:
                 await self._have_witness(handle, request)
             errors, witnessed = image.log.errors, image.witness is not None
-            work: Callable[[], int] = Transfer(  # type: ignore[assignment]
-                backing, offset, size, data, as_opener=image.set_id, grows=end > image.size
-            )
-            written = await self._fly_writing(handle, request, offset, end, work)
+            work = Transfer(backing, offset, size, data, image.set_id, end > image.size)
+            await self._fly_writing(handle, request, offset, end, work)
             if needs_witness and not witnessed:
                 image.log.doubt()
             self._written(handle, offset, data, errors)
-            return written
+            return size
 
-        return await self.run(handle, Op.WRITE, offset, size, attempt)
+        return await self._live(handle, request, step, attempt, begun)
+
+    def _is_plain(self, image: Image, backing: Backing) -> bool:
+        """Whether a write whose turn has come has nothing to wait for, and nothing to do besides."""
+        return not (
+            backing.failures
+            or backing.serial
+            or image.recovering
+            or image.held.fences
+            or (image.witness is None and image.log.limit and not backing.stable)
+        )
 
     async def _have_witness(self, handle: Handle, request: Request) -> None:
         """Open the witness before the first write; who comes meanwhile waits, or would put the log in doubt.
@@ -300,7 +341,8 @@ class Requests:
         """A write has succeeded, and is about to be acknowledged."""
         image, stable, end = handle.image, handle.backing.stable, offset + len(data)
         image.log.add(offset, data, stable=stable, errors_before=errors_before)
-        image.wrote(end)
+        if end > image.size:
+            image.wrote(end)
         if stable:
             image.stable_size = max(image.stable_size, end)
 
@@ -403,7 +445,7 @@ class Requests:
                 self._report_refusal(image, backing)
             image.held.fences.lift(began_s)
             image.log.trust(doubts)
-            if image.log.mark() != mark:
+            if image.log.seq != mark:
                 image.log.doubt()  # it may have landed, and been lost, before the new description was open
             _synced(image, mark, resizes, size)
         finally:
@@ -435,10 +477,20 @@ class Requests:
         ordered: bool = True,
     ) -> T:
         """Answer one request: the result of *attempt*, or OSError when it was given up or its error is passed on."""
+        request, step = handle.image.held.arrive(op, offset, length, self._now(), end=end, ordered=ordered)
+        return await self._live(handle, request, step, attempt)
+
+    async def _live(
+        self,
+        handle: Handle,
+        request: Request,
+        step: Step,
+        attempt: Callable[[Request], Awaitable[T]],
+        begun: int = 0,
+    ) -> T:
+        """What is left of a request's life after *step*. *begun*: attempts; `request.attempts` counts those whose turn has come."""
         image = handle.image
         held = image.held
-        begun = 0  # attempts that were begun here; `request.attempts` counts those whose turn has come
-        request, step = held.arrive(op, offset, length, self._now(), end=end, ordered=ordered)
         try:
             while True:
                 self._apply(image, step)
@@ -452,24 +504,35 @@ class Requests:
                 except Abandoned:
                     step = Step()
                 except OSError as error:
-                    log.debug(
-                        "%s: %s of %d bytes at %d, attempt %d: %s",
-                        held.image, op, length, offset, request.attempts, error,
-                    )  # fmt: skip
-                    if op is Op.FSYNC or (op is Op.WRITE and error.errno in self._may_use_up):
-                        image.log.doubt()
-                    step = held.failed(request, error.errno or errno.EIO, trio.current_time())
+                    step = self._failed(image, request, error)
                 else:
                     step = held.succeeded(request, self._now())
                     if request.answer is None:
                         self._apply(image, step)
                         return result
         except BaseException:
-            # The answer, a bug, or the end of the server. An attempt in its thread reports itself; one whose turn came and
-            # that was not begun (its read was given up before this task ran again) does not.
-            returned = request.attempts > begun or (request.state is State.TRYING and request not in self._aloft)
-            self._apply(image, held.cancelled(request, trio.current_time(), returned=returned))
+            self._gone(image, request, begun)
             raise
+
+    def _failed(self, image: Image, request: Request, error: OSError) -> Step:
+        """An attempt has."""
+        op = request.op
+        log.debug(
+            "%s: %s of %d bytes at %d, attempt %d: %s",
+            image.held.image, op, request.length, request.offset, request.attempts, error,
+        )  # fmt: skip
+        if op is Op.FSYNC or (op is Op.WRITE and error.errno in self._may_use_up):
+            image.log.doubt()
+        return image.held.failed(request, error.errno or errno.EIO, trio.current_time())
+
+    def _gone(self, image: Image, request: Request, begun: int) -> None:
+        """The answer, a bug, or the end of the server.
+
+        An attempt in its thread reports itself; one whose turn came and that was not begun (its read was given up before this task
+        ran again) does not.
+        """
+        returned = request.attempts > begun or (request.state is State.TRYING and not request.aloft)
+        self._apply(image, image.held.cancelled(request, trio.current_time(), returned=returned))
 
     async def _fly_writing(self, handle: Handle, request: Request, start: int, end: float, work: Callable[[], T]) -> T:
         """`_fly` for what changes these bytes: not while they are written again from the log, nor before the storage answers."""
@@ -482,12 +545,16 @@ class Requests:
                     (image.recovering and bool(image.log.overlapping(start, end))) or (backing.serial and backing.busy)
                 ),
             )
-        image.writing[request] = start, end
-        if image.samples:
-            image.samples = [(at, data) for at, data in image.samples if end <= at or at + len(data) <= start]
+        image.writes(request, start, end)
         backing.busy = True
         try:
-            if not image.held.fences or not image.held.fences.stand(start, end):
+            if not (backing.failures or image.held.fences):  # most of them: what `_fly` does then
+                try:
+                    return await self._attempt(handle, request, work)
+                except OSError as error:
+                    backing.failed(error)
+                    raise
+            if not image.held.fences.stand(start, end):
                 return await self._fly(handle, request, work)
 
             def asked_before() -> T:
@@ -499,9 +566,7 @@ class Requests:
             return result
         finally:
             backing.busy = False  # where it means something, nobody else is in it
-            del image.writing[request]
-            if image.bystanders:
-                image.bystanders.unpark_all()
+            image.writes_no_more(request)
 
     async def _fly(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
         """Have *work* done; where *handle* seems to be dead, on a backing file that is opened anew."""
@@ -509,8 +574,7 @@ class Requests:
         try:
             result = await self._attempt(handle, request, self._revived(handle, work) if backing.failures else work)
         except OSError as error:
-            backing.failures += 1
-            backing.errno = error.errno
+            backing.failed(error)
             raise
         finally:
             if backing.refusal is not None:
@@ -564,24 +628,24 @@ class Requests:
         )
         request.wake = flight.abandon
         handle.in_use += 1
-        self._aloft.add(request)
+        request.aloft = True
         try:
             result = await flight.land()
         except (Abandoned, trio.Cancelled):
             raise  # it goes on: `_late` will tell
         except Exception:
-            self._aloft.discard(request)
+            request.aloft = False
             handle.returned()
             raise
         finally:
             request.wake = None  # the rehandle list may remember the request for a while, but not its data
-        self._aloft.discard(request)
+        request.aloft = False
         handle.returned()
         return result
 
     def _late(self, handle: Handle, request: Request) -> None:
         """An attempt has returned that nobody waits for any more."""
-        self._aloft.discard(request)
+        request.aloft = False
         handle.returned()
         self._apply(handle.image, handle.image.held.returned(trio.current_time()))
 

@@ -6,6 +6,8 @@
    once a report may have been used up the log is *in doubt*: no sync counts until the file has been opened anew, the log
    written again in order, and all of it synced: `doubts` and `mark` before, `trust` and `release` afterwards.
 4. Until then the storage may have dropped what the consumer was told is written: whatever it reads is `overlay`ed.
+5. There are two parts: what the latest mark covers, and what came after it. A sync that succeeds drops the first as a whole: what
+   a write costs here is to be put in, and nothing to be taken out again.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from __future__ import annotations
 import bisect
 from typing import TYPE_CHECKING
 
-from iohang_fuse.ordering import blocks
+from iohang_fuse import ordering
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 SAMPLES = 4
@@ -24,24 +26,77 @@ SAMPLE_BYTES = 512
 """What is remembered of stable data, to know a file again: enough that two files will not have it alike by chance."""
 
 _ENTRY_BYTES = 256
-"""What an entry costs beside its data: itself, its place in two dicts, the header of a bytes object. Measured: 220 to 480."""
+"""What an entry costs beside its data: itself, its place in two dicts, the header of a bytes object. Measured: MEASURE."""
 
 
 class Entry:
     """One acknowledged write: *data* from *start* up to *end*, which costs so many bytes of memory. Never changed."""
 
     # Not a frozen dataclass: one is made for each write, and setting a frozen field costs four times as much.
-    __slots__ = ("blocks", "cost", "data", "end", "seq", "start")
+    __slots__ = ("cost", "data", "end", "seq", "start")
 
-    def __init__(
-        self, seq: int, start: int, data: bytes | memoryview, cost: int, in_blocks: range | None = None
-    ) -> None:
+    def __init__(self, seq: int, start: int, end: int, data: bytes | memoryview, cost: int) -> None:
         self.seq = seq
         self.start = start
-        self.end = end = start + len(data)
+        self.end = end
         self.data = data
         self.cost = cost
-        self.blocks = blocks(start, end) if in_blocks is None else in_blocks
+
+
+class _Part:
+    """Some of the entries: of those with the same bytes the latest, because what it was before is of no use to anybody."""
+
+    __slots__ = ("blocks", "bytes", "end", "entries")
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.end = 0  # of the furthest
+        self.entries: dict[tuple[int, int], Entry] = {}  # by first byte and end, oldest first
+        self.blocks: dict[int, dict[tuple[int, int], Entry]] = {}
+
+    def put(self, entry: Entry) -> None:
+        """Add *entry*, which is younger than all others."""
+        place = entry.start, entry.end
+        old = self.entries.pop(place, None)
+        self.entries[place] = entry
+        self.bytes += entry.cost if old is None else entry.cost - old.cost
+        self.end = max(self.end, entry.end)
+        first, last = entry.start >> ordering.BLOCK_BITS, entry.end - 1 >> ordering.BLOCK_BITS
+        if first == last:  # most of them
+            block = self.blocks.get(first)
+            if block is None:
+                self.blocks[first] = {place: entry}
+            else:
+                block[place] = entry
+            return
+        for number in range(first, last + 1):
+            self.blocks.setdefault(number, {})[place] = entry
+
+    def overlapping(self, start: int, end: float) -> list[Entry]:
+        """Entries that have a byte of the range, oldest first."""
+        if start >= self.end:
+            return []
+        found: dict[int, Entry] = {}
+        for number in ordering.blocks(start, min(end, self.end)):
+            block = self.blocks.get(number)
+            if block is not None:
+                for entry in block.values():
+                    if entry.start < end and start < entry.end:
+                        found[entry.seq] = entry
+        return [found[seq] for seq in sorted(found)] if len(found) > 1 else [*found.values()]
+
+    def but(self, unwanted: Callable[[Entry], bool], clip: int | None = None) -> _Part:
+        """A copy without *unwanted* entries, and without the bytes from *clip* on."""
+        part = _Part()
+        for entry in self.entries.values():
+            if unwanted(entry):
+                continue
+            if clip is not None and entry.end > clip:
+                # A new one, because a read that is under way may have the old one in its hand; in the old one's place.
+                part.put(Entry(entry.seq, entry.start, clip, memoryview(entry.data)[: clip - entry.start], entry.cost))
+            else:
+                part.put(entry)
+        return part
 
 
 class WriteLog:
@@ -54,13 +109,22 @@ class WriteLog:
         self.errors = 0  # how often `doubt` or `unsettle` was called
         self.doubts = 0
         self._trusted = 0
-        self._seq = 0
-        self._entries: dict[int, Entry] = {}  # by seq, oldest first
-        self._blocks: dict[int, dict[int, Entry]] = {}  # by block
-        self._latest: dict[tuple[int, int], int] = {}  # by first byte and length: the seq of the latest
+        self.seq = 0  # of the youngest entry, ever
+        self._marked = _Part()  # what the latest mark covers
+        self._since = _Part()  # what came after it
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._marked.entries) + len(self._since.entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Oldest first."""
+        yield from self._marked.entries.values()
+        yield from self._since.entries.values()
+
+    def __reversed__(self) -> Iterator[Entry]:
+        """Youngest first."""
+        yield from reversed(self._since.entries.values())
+        yield from reversed(self._marked.entries.values())
 
     @property
     def in_doubt(self) -> bool:
@@ -82,30 +146,33 @@ class WriteLog:
 
         A *stable* one needs no entry, unless what is older might be written again on top of it.
         """
-        if not self.limit or (stable and not self._entries and errors_before == self.errors):
+        if not self.limit or (stable and errors_before == self.errors and not len(self)):
             return
-        self._seq += 1
+        self.seq += 1
         size = len(data)
-        place = start, size
-        superseded = self._latest.get(place)
-        if superseded is None:
-            entry = Entry(self._seq, start, data, size + _ENTRY_BYTES)
-            self._put(entry)
-            self.end = max(self.end, entry.end)
-        else:  # a hot block: what it was before is of no use to anybody
-            self._latest[place] = self._seq
-            self._replace(superseded, start, data)
+        part = self._since
+        before, end = part.bytes, start + size
+        part.put(Entry(self.seq, start, end, data, size + _ENTRY_BYTES))
+        self.bytes += part.bytes - before
+        self.end = max(self.end, end)
         if errors_before != self.errors:
             self.doubts += 1  # an error in the meantime may have been about this one, too
 
     def mark(self) -> int:
         """What a sync that begins now is going to make stable."""
-        return self._seq
+        if not self._marked.entries:
+            self._marked, self._since = self._since, self._marked
+        elif self._since.entries:  # the sync before this one has failed, or is still under way
+            for entry in self._since.entries.values():
+                self._marked.put(entry)
+            self._since = _Part()
+            self._count()
+        return self.seq
 
     def samples(self, mark: int) -> list[tuple[int, bytes]]:
         """Of what a sync that began at *mark* has made stable: (first byte, data) of a few of the latest, as they are now."""
         found = []
-        for entry in reversed(self._entries.values()):
+        for entry in reversed(self):
             if entry.seq <= mark and self.overlapping(entry.start, entry.start + SAMPLE_BYTES)[-1] is entry:
                 found.append((entry.start, bytes(entry.data[:SAMPLE_BYTES])))
                 if len(found) == SAMPLES:
@@ -114,15 +181,14 @@ class WriteLog:
 
     def release(self, mark: int) -> int:
         """A sync that began at *mark* has succeeded. Returns the end of what is stable now, as far as it was in the log."""
-        furthest, end = False, 0
-        # A copy, because a dict from whose front entries vanish is searched through ever longer gaps.
-        for seq in [*self._entries]:
-            if seq > mark:
-                break
-            end = max(end, self._entries[seq].end)
-            furthest |= self._remove(seq)
-        if furthest:
-            self.end = max((entry.end for entry in self._entries.values()), default=0)
+        marked, self._marked = self._marked, _Part()
+        youngest = next(reversed(marked.entries.values()), None)
+        if youngest is not None and youngest.seq > mark:  # it is not the latest mark
+            self._marked = marked.but(lambda entry: entry.seq <= mark)
+            end = max((entry.end for entry in marked.entries.values() if entry.seq <= mark), default=0)
+        else:
+            end = marked.end
+        self._count()
         return end
 
     def doubt(self) -> None:
@@ -141,21 +207,16 @@ class WriteLog:
     def truncate(self, size: int) -> None:
         """The file was cut, or has grown, to *size*."""
         if self.end > size:
-            clipped = False
-            for entry in [entry for entry in self._entries.values() if entry.end > size]:
-                self._remove(entry.seq)
-                if entry.start < size:
-                    # A new one, because a read that is under way may have the old one in its hand; in the old one's place.
-                    self._put(Entry(entry.seq, entry.start, memoryview(entry.data)[: size - entry.start], entry.cost))
-                    clipped = True
-            if clipped:
-                self._entries = dict(sorted(self._entries.items()))
-            self.end = max((entry.end for entry in self._entries.values()), default=0)
+            self._marked, self._since = (
+                part.but(lambda entry: entry.start >= size, clip=size) if part.end > size else part
+                for part in (self._marked, self._since)
+            )
+            self._count()
 
     def clear(self) -> int:
         """Nobody is left to whom these writes could be promised. Returns how many bytes they had."""
-        lost = sum(len(entry.data) for entry in self._entries.values())
-        self.release(self._seq)
+        lost = sum(len(entry.data) for entry in self)
+        self.release(self.mark())
         self._trusted = self.doubts
         return lost
 
@@ -167,7 +228,7 @@ class WriteLog:
         writes: list[tuple[int, bytes | memoryview]] = []
         starts: list[int] = []  # of the ranges that are in it already, which do not touch each other
         ends: list[int] = []
-        for entry in reversed(self._entries.values()):
+        for entry in reversed(self):
             first = bisect.bisect_left(ends, entry.start)
             last = bisect.bisect_right(starts, entry.end)
             at = entry.start
@@ -184,15 +245,11 @@ class WriteLog:
 
     def overlapping(self, start: int, end: float) -> list[Entry]:
         """Entries that have a byte of the range, oldest first."""
-        if not self._entries or start >= self.end:
+        if start >= self.end:
             return []
-        found = {
-            entry.seq: entry
-            for number in blocks(start, min(end, self.end))
-            for entry in self._blocks.get(number, {}).values()
-            if entry.start < end and start < entry.end
-        }
-        return [found[seq] for seq in sorted(found)]
+        if not self._marked.entries:
+            return self._since.overlapping(start, end)
+        return self._marked.overlapping(start, end) + self._since.overlapping(start, end)
 
     def overlay(self, start: int, size: int, data: bytes, before: Sequence[Entry], end_before: int) -> bytes:
         """What a consumer has to get for a read of *size* bytes at *start* to which the storage has answered *data*.
@@ -214,39 +271,6 @@ class WriteLog:
                 patched[low - start : high - start] = entry.data[low - entry.start : high - entry.start]
         return bytes(patched)
 
-    def _put(self, entry: Entry) -> None:
-        seq, start, end = entry.seq, entry.start, entry.end
-        self._entries[seq] = entry
-        self._latest[start, end - start] = seq
-        self.bytes += entry.cost
-        for number in entry.blocks:
-            block = self._blocks.get(number)
-            if block is None:
-                self._blocks[number] = {seq: entry}
-            else:
-                block[seq] = entry
-
-    def _replace(self, seq: int, start: int, data: bytes) -> None:
-        """A new entry in the place of one with the same bytes; much cheaper than `_remove` and `_put`."""
-        old = self._entries.pop(seq)
-        new, cost = self._seq, len(data) + _ENTRY_BYTES
-        self._entries[new] = entry = Entry(new, start, data, cost, old.blocks)
-        self.bytes += cost - old.cost  # of one that was clipped it is more
-        for number in old.blocks:
-            block = self._blocks[number]
-            del block[seq]
-            block[new] = entry
-
-    def _remove(self, seq: int) -> bool:
-        """Returns whether it was (one of) the furthest."""
-        entry = self._entries.pop(seq)
-        start, end = entry.start, entry.end
-        if self._latest.get((start, end - start)) == seq:
-            del self._latest[start, end - start]
-        for number in entry.blocks:
-            block = self._blocks[number]
-            del block[seq]
-            if not block:
-                del self._blocks[number]
-        self.bytes -= entry.cost
-        return end >= self.end
+    def _count(self) -> None:
+        self.bytes = self._marked.bytes + self._since.bytes
+        self.end = max(self._marked.end, self._since.end)

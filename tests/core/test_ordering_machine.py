@@ -31,7 +31,7 @@ class OrderingMachine(RuleBasedStateMachine):
     def begin(self, *, scale: tuple[int, int]) -> None:
         """Small blocks, so that a range lies in many of them, or the true ones and ranges of up to 400 kB."""
         bits, self.factor = scale
-        self.patch = mock.patch.object(ordering, "_BLOCK_BITS", bits)
+        self.patch = mock.patch.object(ordering, "BLOCK_BITS", bits)
         self.patch.start()
         self.order: Ordering[int] = Ordering()
         self.live: dict[int, Turn[int]] = {}  # by number, oldest first

@@ -84,7 +84,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(bits=st.sampled_from([0, 2, 3, 16]), content=st.binary(max_size=SIZE), limit=st.integers(1, 4000))
     def begin(self, *, bits: int, content: bytes, limit: int) -> None:
         """Small blocks, so that an entry lies in many of them, or the true ones."""
-        self.patch = mock.patch.object(ordering, "_BLOCK_BITS", bits)
+        self.patch = mock.patch.object(ordering, "BLOCK_BITS", bits)
         self.patch.start()
         self.log = WriteLog(limit)
         self.told, self.safe, self.kernel = bytearray(content), bytearray(content), bytearray(content)
@@ -94,6 +94,7 @@ class Machine(RuleBasedStateMachine):
         self.sync: Sync | None = None
         self.unreported = False  # a failed writeback, of which nobody has been told yet
         self.number = 0
+        self.marked = 0  # the latest mark
 
     def changed(self) -> None:
         """The file is another one to its consumers, and a read under way may see it so."""
@@ -142,7 +143,11 @@ class Machine(RuleBasedStateMachine):
             self.writeback_fails(randoms, size=True)
 
     def acknowledge(self, write: Write) -> None:
-        same = [old for old in self.entries if (old.start, len(old.data)) == (write.start, len(write.data))]
+        same = [
+            old
+            for old in self.entries
+            if (old.start, len(old.data)) == (write.start, len(write.data)) and old.seq > self.marked
+        ]
         logged = not (write.stable and not self.entries and write.errors_before == self.log.errors)
         before = self.log.bytes
         self.log.add(write.start, write.data, stable=write.stable, errors_before=write.errors_before)
@@ -151,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         if write.stable and write.errors_before == self.log.errors:
             put(self.kernel, write.start, write.data)  # it is on the storage: nothing could be dropped any more
         if logged:
-            write.seq, write.cost = self.log.mark(), self.log.bytes - before
+            write.seq, write.cost = self.log.seq, self.log.bytes - before
             if same:  # a block that is written again is kept once
                 write.cost += same[-1].cost
                 self.entries.remove(same[-1])
@@ -160,6 +165,11 @@ class Machine(RuleBasedStateMachine):
         else:
             put(self.safe, write.start, write.data)
             assert self.log.bytes == before
+
+    def keep_the_latest(self) -> None:
+        """Of those with the same bytes that came after the mark, and of those before it."""
+        latest = {(w.seq > self.marked, w.start, w.end): w for w in self.entries}
+        self.entries = [w for w in self.entries if latest[w.seq > self.marked, w.start, w.end] is w]
 
     @precondition(lambda self: self.writes)
     @rule(data=st.data())
@@ -183,6 +193,7 @@ class Machine(RuleBasedStateMachine):
         self.entries = [write for write in self.entries if write.start < size]
         for write in self.entries:
             write.data = write.data[: size - write.start]
+        self.keep_the_latest()
 
     # ---- rules: reads
 
@@ -256,6 +267,8 @@ class Machine(RuleBasedStateMachine):
     def sync_begins(self) -> None:
         """Plain, or with the log written again, if that is in doubt."""
         doubts, mark = self.log.doubts, self.log.mark()
+        self.marked = mark
+        self.keep_the_latest()
         if not self.log.in_doubt:
             self.sync = Sync(mark, doubts)
         elif not any(self.log.overlapping(write.start, write.end) for write in self.writes):
@@ -309,17 +322,16 @@ class Machine(RuleBasedStateMachine):
         """P10: bytes and end are exact; nothing is left in the blocks of what is gone."""
         log = self.log
         assert len(log) == len(self.entries)
-        assert [(e.seq, e.start, e.data) for e in log._entries.values()] == [
-            (w.seq, w.start, w.data) for w in self.entries
-        ]
+        assert [(e.seq, e.start, e.data) for e in log] == [(w.seq, w.start, w.data) for w in self.entries]
         assert log.bytes == sum(write.cost for write in self.entries)
         assert log.end == max((write.end for write in self.entries), default=0)
         assert log.full is (log.bytes >= log.limit)
         assert log.sync_is_due is (2 * log.bytes > log.limit)
-        indexed = [(number, entry) for number, block in log._blocks.items() for entry in block.values()]
-        assert len(indexed) == sum(len(ordering.blocks(w.start, w.end)) for w in self.entries)
-        assert all(log._entries[entry.seq] is entry for _, entry in indexed)
-        assert all(log._blocks.values())
+        for part in (log._marked, log._since):
+            indexed = [(number, entry) for number, block in part.blocks.items() for entry in block.values()]
+            assert len(indexed) == sum(len(ordering.blocks(e.start, e.end)) for e in part.entries.values())
+            assert all(part.entries[entry.start, entry.end] is entry for _, entry in indexed)
+            assert all(part.blocks.values())
 
     @invariant()
     def overlapping_finds_all(self) -> None:
@@ -353,14 +365,15 @@ class Machine(RuleBasedStateMachine):
                 write = self.writes.pop()
                 self.log.add(write.start, write.data, stable=False, errors_before=write.errors_before)
                 put(self.told, write.start, write.data)
-                write.seq = self.log.mark()
+                write.seq = self.log.seq
                 self.entries.append(write)
             self.sync = None
             for _ in range(2):
                 self.sync_begins()
                 self.sync_ends(works=True)
             assert self.kernel == self.told
-            assert (len(self.log), self.log.bytes, self.log.end, self.log._blocks) == (0, 0, 0, {})
+            assert (len(self.log), self.log.bytes, self.log.end) == (0, 0, 0)
+            assert self.log._marked.blocks == self.log._since.blocks == {}
             assert not self.log.in_doubt
         finally:
             self.patch.stop()

@@ -399,9 +399,9 @@ def test_a_bug_costs_one_request(paths: tuple[Path, Path], tmp_path: Path) -> No
     source, mountpoint = paths
     program = tmp_path / "buggy.py"
     program.write_text(
-        "from iohang_fuse import cli, engine, source\n"
+        "from iohang_fuse import backing, cli, source\n"
         "def buggy(*args): raise ZeroDivisionError('planted')\n"
-        "source.list_xattrs = source.open_directory = engine.Backing.read = buggy\n"
+        "source.list_xattrs = source.open_directory = backing.Backing.read = buggy\n"
         f"raise SystemExit(cli.main([{str(source)!r}, {str(mountpoint)!r}, '-f']))\n"
     )
     with (tmp_path / "log").open("wb") as log, subprocess.Popen([sys.executable, program], stderr=log) as server:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import outcome
 import trio
 
-from iohang_fuse.engine import Abandoned, Backing
+from iohang_fuse.backing import Backing
+from iohang_fuse.engine import Abandoned
 from iohang_fuse.events import Op
 from iohang_fuse.requests import Handle, Requests
 from iohang_fuse.source import SERVER, Opened

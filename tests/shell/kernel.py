@@ -1,4 +1,4 @@
-"""A kernel with a network file system, in memory: what engine.py calls, with Linux's manners, the bad ones included.
+"""A kernel with a network file system, in memory: what backing.py calls, with Linux's manners, the bad ones included.
 
 1. `Disk` is a file on the server: what is in it has survived a crash of the client's host. `Inode` is what the client knows
    of it: page cache, size, and the errseq_t of its failed writebacks. `Description` is an open(2).
@@ -147,7 +147,7 @@ class Description:
 
 
 class Kernel:
-    """The kernel and its server. `os` is what takes the place of the module in engine.py."""
+    """The kernel and its server. `os` is what takes the place of the module in backing.py."""
 
     def __init__(self) -> None:
         self.fault: Callable[[str], Fault | None] = lambda _exchange: None

@@ -27,8 +27,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from iohang_fuse import engine, requests, writelog
-from iohang_fuse.engine import Abandoned, Backing
+from iohang_fuse import backing, writelog
+from iohang_fuse.backing import Backing
+from iohang_fuse.engine import Abandoned
 from iohang_fuse.events import Op
 from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
@@ -321,14 +322,13 @@ def outcome_of(work: Callable[[], object] | BaseException) -> outcome.Outcome[ob
 
 
 def patch_engine(patch: pytest.MonkeyPatch, kernel: Kernel) -> None:
-    """Have engine.py and requests.py run on *kernel*."""
-    patch.setattr(engine, "os", kernel.os)
-    patch.setattr(engine, "open_again", kernel.open_again)
-    patch.setattr(engine, "open_same", kernel.open_same, raising=False)
-    for module in engine, requests:
-        patch.setattr(module, "threading", SimpleNamespace(Lock=Lock), raising=False)
-    patch.setattr(writelog, "_ENTRY_BYTES", 0, raising=False)  # small logs, so that they fill up
-    patch.setattr(engine, "syscalls", kernel)
+    """Have backing.py run on *kernel*."""
+    patch.setattr(backing_module, "os", kernel.os)
+    patch.setattr(backing_module, "open_again", kernel.open_again)
+    patch.setattr(backing_module, "open_same", kernel.open_same)
+    patch.setattr(backing_module, "threading", SimpleNamespace(Lock=Lock))
+    patch.setattr(writelog, "_ENTRY_BYTES", 0)  # small logs, so that they fill up
+    patch.setattr(backing_module, "syscalls", kernel)
 
 
 # ---- one seed

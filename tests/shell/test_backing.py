@@ -1,4 +1,4 @@
-"""`engine.Backing` on real files: whole answers (P6), and opening anew without ever taking another file for the same."""
+"""`backing.Backing` on real files: whole answers (P6), and opening anew without ever taking another file for the same."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from iohang_fuse import engine, source
-from iohang_fuse.engine import Backing
+from iohang_fuse import backing as backing_module
+from iohang_fuse import source
+from iohang_fuse.backing import Backing
 from iohang_fuse.source import SERVER, Caller, NotTheSame, Opened, Where, find_again, identify, open_data
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def test_a_short_read_is_continued(
     opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """P6: a short read in the middle of a file is continued, never passed on short."""
-    monkeypatch.setattr(engine.os, "pread", short(os.pread, most))
+    monkeypatch.setattr(backing_module.os, "pread", short(os.pread, most))
     assert opened().read(3, 1000) == file.read_bytes()[3:1003]
 
 
@@ -85,7 +86,7 @@ def test_a_read_is_short_at_the_end_of_the_file_only(
     opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """P6: at the end of the file a read gives what there is; beyond it, nothing."""
-    monkeypatch.setattr(engine.os, "pread", short(os.pread, most))
+    monkeypatch.setattr(backing_module.os, "pread", short(os.pread, most))
     backing = opened()
     assert backing.read(4000, 1000) == file.read_bytes()[4000:]
     assert backing.read(4096, 10) == b""
@@ -103,7 +104,7 @@ def test_a_read_that_fails_half_way_fails(opened: Callable[..., Backing], monkey
             raise OSError(errno.EIO, "half way")
         return bytes(size // 2)
 
-    monkeypatch.setattr(engine.os, "pread", half)
+    monkeypatch.setattr(backing_module.os, "pread", half)
     with pytest.raises(OSError, match="half way"):
         opened().read(0, 100)
     assert calls == [0, 50]
@@ -115,7 +116,7 @@ def test_a_short_write_is_continued(
     opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch, most: int, flags: int
 ) -> None:
     """P6: a short write is continued to the end of its data, each byte at its place."""
-    monkeypatch.setattr(engine.os, "pwrite", short(os.pwrite, most))
+    monkeypatch.setattr(backing_module.os, "pwrite", short(os.pwrite, most))
     data = os.urandom(1000)
     before = file.read_bytes()
     assert opened(flags).write(50, data) == 1000
@@ -132,7 +133,7 @@ def test_a_write_that_goes_nowhere_is_an_error(opened: Callable[..., Backing], m
     """P8: a pwrite that writes nothing and reports nothing is not tried for ever, be it the first or a later one."""
     for counts in ([0], [60, 0]):
         left = [*counts]
-        monkeypatch.setattr(engine.os, "pwrite", lambda _fd, _data, _offset, left=left: left.pop(0))
+        monkeypatch.setattr(backing_module.os, "pwrite", lambda _fd, _data, _offset, left=left: left.pop(0))
         with pytest.raises(OSError, match="wrote nothing") as caught:
             opened().write(0, bytes(100))
         assert caught.value.errno == errno.EIO
@@ -152,7 +153,7 @@ def test_a_write_that_failed_half_way_is_written_again_as_a_whole(
             raise OSError(errno.EIO, "half way")
         return real(fd, bytes(data)[:60], offset)
 
-    monkeypatch.setattr(engine.os, "pwrite", flaky)
+    monkeypatch.setattr(backing_module.os, "pwrite", flaky)
     with pytest.raises(OSError, match="half way"):
         backing.write(0, b"x" * 100)
     assert backing.write(0, b"x" * 100) == 100
@@ -225,7 +226,7 @@ def test_synchronous_writes_come_one_at_a_time(
         inside.remove(fd)
         return real(fd, data, offset)
 
-    monkeypatch.setattr(engine.os, "pwrite", pwrite)
+    monkeypatch.setattr(backing_module.os, "pwrite", pwrite)
     for flags, expected in ((DSYNC, 1), (PLAIN, 8)):
         most.clear()
         backing = opened(flags)
@@ -253,8 +254,8 @@ def test_the_log_is_written_in_order_and_synced(
         calls.append(("sync", fd))
         sync(fd)
 
-    monkeypatch.setattr(engine.os, "pwrite", pwrite)
-    monkeypatch.setattr(engine.os, "fdatasync", fdatasync)
+    monkeypatch.setattr(backing_module.os, "pwrite", pwrite)
+    monkeypatch.setattr(backing_module.os, "fdatasync", fdatasync)
     backing = opened()
     writes = [(0, b"old"), (4094, b"gr"), (4096, b"own"), (1, memoryview(b"new..")[:3])]
     assert backing.rewrite(writes, data_only=True) == 4099
@@ -270,7 +271,7 @@ def test_a_log_of_small_writes_is_written_in_large_ones(
     """3,000 writes of 1 KiB, with a gap, are four of 1 MiB at most: over a network each costs a round trip."""
     sizes: list[int] = []
     real = os.pwrite
-    monkeypatch.setattr(engine.os, "pwrite", lambda fd, data, at: sizes.append(len(data)) or real(fd, data, at))
+    monkeypatch.setattr(backing_module.os, "pwrite", lambda fd, data, at: sizes.append(len(data)) or real(fd, data, at))
     backing = opened()
     content = os.urandom(3000 << 10)
     writes = [(at + (512 if at >= 1500 << 10 else 0), content[at : at + 1024]) for at in range(0, 3000 << 10, 1024)]
@@ -328,7 +329,7 @@ def test_an_attempt_keeps_its_description_to_the_end(
         go_on.wait(10)
         return real(fd, size, offset)
 
-    monkeypatch.setattr(engine.os, "pread", pread)
+    monkeypatch.setattr(backing_module.os, "pread", pread)
     old = fd_of(backing)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(backing.read, 0, 10)
@@ -464,7 +465,7 @@ def test_closing_may_fail(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         closed.append(fd)
         raise OSError(errno.EIO, "close")
 
-    monkeypatch.setattr(engine.os, "close", close)
+    monkeypatch.setattr(backing_module.os, "close", close)
     with pytest.raises(OSError, match="close"):
         backing.close()
     monkeypatch.undo()

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import gc
 import os
-import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -15,8 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from iohang_fuse import backing as backing_module
 from iohang_fuse import engine as engine_module
-from iohang_fuse.engine import Abandoned, Backing, Engine, Transfer, Unavailable
+from iohang_fuse import ring as ring_module
+from iohang_fuse.backing import Backing
+from iohang_fuse.engine import Abandoned, Engine, Transfer, Unavailable
 from iohang_fuse.source import SERVER, Opened, Where, open_data
 from tests.shell.fakes import Sky
 
@@ -397,14 +399,14 @@ async def test_what_does_not_go_on_the_ring(ring: Place, why: str) -> None:
 
 
 async def test_what_was_on_the_ring_is_freed(ring: Place) -> None:
-    """P10: caio's operation and its callback know each other; data must not wait for the garbage collector."""
+    """P10: data must not wait for the garbage collector."""
     backing = ring.open()
     gc.disable()
     try:
-        before = sum(type(each).__name__ == "Operation" for each in gc.get_objects())
-        for _ in range(100):
-            await ring.write(backing, 0, b"x" * 1000)
-        assert sum(type(each).__name__ == "Operation" for each in gc.get_objects()) <= before + 2
+        for number in range(100):
+            data = os.urandom(1000)
+            await ring.write(backing, number, data)
+            assert sys.getrefcount(data) == 2, "this one's, and the call's"
     finally:
         gc.enable()
     backing.close()
@@ -415,14 +417,14 @@ async def test_what_the_ring_leaves_over_is_done_in_a_thread(
     ring: Place, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """P6: "A short read or write in the middle of a file is continued, never passed on short"; EINTR is tried again at once."""
-    done = engine_module._RingFlight._done
+    done = engine_module._RingFlight.done
     seen = []
 
-    def cut(flight: engine_module._RingFlight, result: int) -> None:
+    def cut(flight: engine_module._RingFlight, result: int, data: bytes) -> None:
         seen.append(result)
-        done(flight, count)
+        done(flight, count, data)
 
-    monkeypatch.setattr(engine_module._RingFlight, "_done", cut)
+    monkeypatch.setattr(engine_module._RingFlight, "done", cut)
     backing = ring.open()
     assert await ring.write(backing, 0, b"0123456789") == 10
     if count:  # a read of nothing is the end of the file
@@ -432,57 +434,44 @@ async def test_what_the_ring_leaves_over_is_done_in_a_thread(
     backing.close()
 
 
-@pytest.mark.parametrize("error", [SystemError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()])
-async def test_without_memory_the_ring_tries_again(
-    ring: Place, monkeypatch: pytest.MonkeyPatch, error: Exception
+async def test_what_the_kernel_has_no_memory_for_is_done_in_a_thread(
+    ring: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """io_uring_enter(2) may fail; what is on the ring stays there, and goes with the next try."""
-    real, failures = ring.engine._ring, []
-
-    class Failing:
-        def __getattr__(self, name: str) -> object:
-            return getattr(real, name)
-
-        def flush(self) -> int:
-            if len(failures) < 3:
-                failures.append(1)
-                raise error
-            return real.flush()
-
-    monkeypatch.setattr(ring.engine, "_ring", Failing())
+    """io_uring_enter(2) may fail; no attempt does for that."""
+    monkeypatch.setattr(ring_module, "_enter", lambda *_: -1)
     backing = ring.open()
     with trio.fail_after(5):
         assert await ring.write(backing, 0, b"x") == 1
-    assert len(failures) == 3
+    assert ring.path.read_bytes()[:1] == b"x"
+    assert (ring.engine.on_ring, ring.engine.threads.count) == (0, 1)
+    monkeypatch.undo()
+    assert await ring.write(backing, 0, b"y") == 1, "and the next one goes on the ring again"
+    assert ring.engine.threads.count == 1
     backing.close()
 
 
 def test_without_io_uring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue: "`threads` where io_uring is not to be had"; who asks for uring by name is told why not."""
-    monkeypatch.setattr(engine_module, "linux_uring", None)
-    monkeypatch.setattr(engine_module, "_no_uring", "io_uring_setup failed: no such luck")
+
+    def refused(_entries: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(engine_module, "Ring", refused)
     engine = Engine("auto")
     assert engine.name == "threads"
-    assert engine.why_not == "io_uring_setup failed: no such luck"
-    with pytest.raises(Unavailable, match="no such luck"):
+    assert engine.why_not == (
+        "[Errno 1] Operation not permitted; see sysctl kernel.io_uring_disabled, and the unit's SystemCallFilter"
+    )
+    with pytest.raises(Unavailable, match="not permitted"):
         Engine("uring")
 
 
-def test_without_a_wish_for_it_the_kernel_is_not_asked_for_io_uring() -> None:
+def test_without_a_wish_for_it_the_kernel_is_not_asked_for_io_uring(monkeypatch: pytest.MonkeyPatch) -> None:
     """A seccomp filter may kill whoever asks: engine=threads does not."""
-    program = "import sys; from iohang_fuse.engine import Engine; Engine('threads'); sys.exit('caio' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-def test_where_the_kernel_refuses_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same when it is refused only now."""
-
-    class Refused:
-        def Context(self, _count: int) -> None:  # noqa: N802 - caio's name
-            raise SystemError("[Errno 1] Operation not permitted")
-
-    monkeypatch.setattr(engine_module, "linux_uring", Refused())
-    assert "kernel.io_uring_disabled" in Engine("auto").why_not
+    monkeypatch.setattr(ring_module, "_call", None)
+    assert Engine("threads").name == "threads"
+    with pytest.raises(TypeError):
+        Engine("uring")
 
 
 # ---- at once, from the page cache
@@ -513,7 +502,7 @@ def test_what_is_not_cached_is_not_asked_for(cached: Backing, path: Path, monkey
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     asked = []
-    monkeypatch.setattr(engine_module.os, "preadv", lambda *args: asked.append(args))
+    monkeypatch.setattr(backing_module.os, "preadv", lambda *args: asked.append(args))
     assert cached.read_cached(0, 4096) is None
     assert asked == []
 

@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from iohang_fuse import requests
-from iohang_fuse.engine import Backing
+from iohang_fuse.backing import Backing
 from iohang_fuse.events import Op
 from iohang_fuse.ordering import Ordering
 from iohang_fuse.rehandle import RehandleList
@@ -122,9 +122,8 @@ def test_planted_a_truncation_takes_the_whole_entry(monkeypatch: pytest.MonkeyPa
     """P3: what is left of a clipped write was acknowledged, too."""
 
     def careless(self: WriteLog, size: int) -> None:
-        for entry in [entry for entry in self._entries.values() if entry.end > size]:
-            self._remove(entry.seq)
-        self.end = max((entry.end for entry in self._entries.values()), default=0)
+        self._marked, self._since = (part.but(lambda entry: entry.end > size) for part in (self._marked, self._since))
+        self._count()
 
     monkeypatch.setattr(WriteLog, "truncate", careless)
     finds(300, "P3")

@@ -1,0 +1,247 @@
+"""io_uring(7), as far as the engine needs it: reads and writes that are handed to the kernel, and what became of them.
+
+1. Nothing here waits, and nothing is decided. It knows descriptors and bytes: no image, no request, no trio.
+2. Each operation has IOSQE_ASYNC. Without it the kernel may begin one in io_uring_enter(2) itself, on the event loop: with
+   RWF_NOWAIT where it believes that the file has that, and on FUSE, whose files can be polled, even without
+   (io_file_supports_nowait in io_uring/rw.c). There a write waits for the inode's lock, which one that hangs may have.
+3. What the kernel works on stays in memory until the kernel is done with it, whoever gave up waiting: `_aloft`.
+4. The queues are memory that we share with the kernel. What we put there it sees, because it looks in a system call that we make
+   afterwards. What it puts there we read only after a step that orders memory between the look at its index and at the entry.
+5. One thread alone may use a ring.
+
+Why not a library: caio, the one that is kept, can set no flags. Without IORING_SETUP_DEFER_TASKRUN the kernel interrupts the event
+loop for each operation that is done, and without IOSQE_ASYNC see 2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import itertools
+import mmap
+import os
+import struct
+import threading
+from typing import Any, Protocol, cast
+
+# The numbers are those of linux/io_uring.h; they are the same on all architectures.
+_SETUP, _ENTER, _REGISTER = 425, 426, 427
+_OP_READ, _OP_WRITE = 22, 23
+_SQE_ASYNC, _SQE_HARDLINK = 1 << 4, 1 << 3
+_OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
+_ENTER_GETEVENTS = 1 << 0
+_SETUP_CLAMP, _SETUP_COOP_TASKRUN, _SETUP_TASKRUN_FLAG = 1 << 4, 1 << 8, 1 << 9
+_SETUP_SINGLE_ISSUER, _SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
+_FEATURES = 1 << 0 | 1 << 1 | 1 << 3  # SINGLE_MMAP, NODROP, RW_CUR_POS: Linux 5.6, the first with all that is used here
+_SQ_TASKRUN = 1 << 2
+_CQ_EVENTFD_DISABLED = 1 << 0
+_REGISTER_EVENTFD = 4
+_REGISTER_IOWQ_MAX_WORKERS = 19
+
+_WAYS = (
+    _SETUP_SINGLE_ISSUER | _SETUP_DEFER_TASKRUN | _SETUP_TASKRUN_FLAG,  # Linux 6.1
+    _SETUP_COOP_TASKRUN | _SETUP_TASKRUN_FLAG,  # Linux 5.19
+    0,
+)
+"""How we hear of what is done, the best first: when we ask; with the next system call; by an interrupt each time."""
+
+_SQE = struct.Struct(
+    "=BBHiQQIIQ"
+)  # opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data; the rest stays 0
+_SQE_BYTES = 64
+_CQE = struct.Struct("=Qi")  # user_data, result; then flags
+_CQE_BYTES = 16
+_MASK = 0xFFFFFFFF
+
+_call = ctypes.PyDLL(
+    None, use_errno=True
+).syscall  # keeps the interpreter's lock: giving it up would cost more than the call
+_call.restype = ctypes.c_long
+_enter = ctypes.PyDLL(None, use_errno=True).syscall
+_enter.argtypes = (
+    ctypes.c_long, ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t,
+)  # fmt: skip
+_enter.restype = ctypes.c_long
+_new_bytes = (
+    ctypes.pythonapi.PyBytes_FromStringAndSize
+)  # with NULL: "the contents of the bytes object are uninitialized"
+_new_bytes.argtypes, _new_bytes.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
+_address = ctypes.pythonapi.PyBytes_AsString
+_address.argtypes, _address.restype = (ctypes.py_object,), ctypes.c_void_p
+
+
+class Operation(Protocol):
+    """Who is told what became of an operation."""
+
+    def done(self, result: int, data: bytes) -> None:
+        """*result*: the count of bytes, or an errno negated. *data*: the bytes, of which as many count."""
+
+
+_aloft: dict[int, tuple[Operation, bytes]] = {}
+"""Operations of all rings by their numbers: so the bytes outlive even a ring that nobody has any more."""
+
+
+_numbers = itertools.count(1)
+
+
+class _Offsets(ctypes.Structure):
+    """struct io_sqring_offsets, and io_cqring_offsets, which has its entries and its flags in the sixth and seventh place."""
+
+    _fields_ = (
+        ("head", ctypes.c_uint32), ("tail", ctypes.c_uint32), ("mask", ctypes.c_uint32), ("entries", ctypes.c_uint32),
+        ("fifth", ctypes.c_uint32), ("cqes", ctypes.c_uint32), ("array", ctypes.c_uint32), ("resv", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+class _Params(ctypes.Structure):
+    """struct io_uring_params."""
+
+    _fields_ = (
+        ("sq_entries", ctypes.c_uint32), ("cq_entries", ctypes.c_uint32), ("flags", ctypes.c_uint32),
+        ("sq_thread_cpu", ctypes.c_uint32), ("sq_thread_idle", ctypes.c_uint32), ("features", ctypes.c_uint32),
+        ("wq_fd", ctypes.c_uint32), ("resv", ctypes.c_uint32 * 3), ("sq", _Offsets), ("cq", _Offsets),
+    )  # fmt: skip
+
+
+class Ring:
+    """A submission queue and a completion queue."""
+
+    def __init__(self, entries: int) -> None:
+        """For *entries* operations between two calls of `hand_over`, and twice as many under way.
+
+        Raises OSError: ENOSYS, EPERM, ENOMEM as io_uring_setup(2) says, ENOTSUP before Linux 5.6.
+        """
+        self._fd, params = _set_up(entries)
+        self.fileno = os.eventfd(
+            0, os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        )  # poll(2) on the ring itself does not hear of deferred work
+        try:
+            _check(
+                _call(ctypes.c_long(_REGISTER), self._fd, _REGISTER_EVENTFD, ctypes.byref(ctypes.c_int(self.fileno)), 1)
+            )
+            if params.features & _FEATURES != _FEATURES:
+                raise OSError(errno.ENOTSUP, "io_uring of a Linux before 5.6")
+            self.entries: int = params.sq_entries
+            self._deferred = bool(params.flags & _SETUP_DEFER_TASKRUN)
+            size = max(params.sq.array + 4 * params.sq_entries, params.cq.cqes + _CQE_BYTES * params.cq_entries)
+            self._ring = mmap.mmap(self._fd, size, offset=_OFF_SQ_RING)
+            self._sqes = mmap.mmap(self._fd, params.sq_entries * _SQE_BYTES, offset=_OFF_SQES)
+        except BaseException:
+            os.close(self._fd)
+            os.close(self.fileno)
+            raise
+        self._words = words = memoryview(self._ring).cast("I")
+        words[params.sq.array // 4 : params.sq.array // 4 + self.entries] = memoryview(
+            struct.pack(f"={self.entries}I", *range(self.entries))
+        ).cast("I")  # entry n of the array is always n
+        self._sq_head, self._sq_tail, self._sq_flags = params.sq.head // 4, params.sq.tail // 4, params.sq.fifth // 4
+        self._cq_head, self._cq_tail, self._cqes = params.cq.head // 4, params.cq.tail // 4, params.cq.cqes
+        self._cq_flags = params.cq.array // 4
+        self._sq_mask, self._cq_mask = self.entries - 1, params.cq_entries - 1
+        self._tail = self._handed_over = words[self._sq_tail]
+        self._head = words[self._cq_head]
+        self._order = threading.Lock()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_words"):
+            os.close(self._fd)
+            os.close(self.fileno)
+
+    def allow_workers(self, count: int) -> None:
+        """Let the kernel have *count* threads for regular files. Raises EINVAL before Linux 5.15."""
+        counts = (ctypes.c_uint32 * 2)(count, 0)  # 0, for what is not a regular file: as it is
+        _check(_call(ctypes.c_long(_REGISTER), self._fd, _REGISTER_IOWQ_MAX_WORKERS, ctypes.byref(counts), 2))
+
+    @property
+    def room(self) -> int:
+        """For so many operations before the next `hand_over`."""
+        return int(self.entries - (self._tail - self._handed_over & _MASK))
+
+    def read(self, operation: Operation, fd: int, offset: int, size: int) -> None:
+        """Have *size* bytes at *offset* read. There must be `room`."""
+        self._put(_OP_READ, operation, fd, offset, size, cast("bytes", _new_bytes(None, size)))
+
+    def write(self, operation: Operation, fd: int, offset: int, data: bytes) -> None:
+        """Have *data* written at *offset*. There must be `room`."""
+        self._put(_OP_WRITE, operation, fd, offset, len(data), data)
+
+    def _put(self, opcode: int, operation: Operation, fd: int, offset: int, size: int, data: bytes) -> None:
+        number = next(_numbers)
+        _SQE.pack_into(
+            self._sqes, (self._tail & self._sq_mask) * _SQE_BYTES,
+            opcode, _SQE_ASYNC, 0, fd, offset, _address(data), size, 0, number,
+        )  # fmt: skip
+        _aloft[number] = operation, data
+        self._tail = self._tail + 1 & _MASK
+
+    def hand_over(self) -> None:
+        """Give the kernel what was put on the ring. What it does not take, for want of memory, is done with EAGAIN."""
+        count = self._tail - self._handed_over & _MASK
+        self._words[self._sq_tail] = self._tail
+        while count:
+            taken = _enter(_ENTER, self._fd, count, 0, _ENTER_GETEVENTS if self._deferred else 0, None, 0)
+            if taken <= 0:
+                if taken < 0 and ctypes.get_errno() == errno.EINTR:
+                    continue
+                self._take_back()
+                return
+            count -= taken
+            self._handed_over = self._handed_over + taken & _MASK
+
+    def _take_back(self) -> None:
+        refused = []
+        while self._tail != self._handed_over:
+            self._tail = self._tail - 1 & _MASK
+            number = _SQE.unpack_from(self._sqes, (self._tail & self._sq_mask) * _SQE_BYTES)[-1]
+            refused.append(_aloft.pop(number))
+        self._words[self._sq_tail] = self._tail
+        for operation, data in reversed(refused):
+            operation.done(-errno.EAGAIN, data)
+
+    def about_to_wait(self) -> None:
+        """`hand_over`, after which `fileno` is readable as soon as there is something to collect."""
+        if self._deferred:
+            # In this order: what is done before the system call, it leaves in the queue; what is done after it, is signalled.
+            self._words[self._cq_flags] = 0
+            if self._tail == self._handed_over:
+                _enter(_ENTER, self._fd, 0, 0, _ENTER_GETEVENTS, None, 0)
+        self.hand_over()
+        if self._words[self._cq_tail] != self._head:
+            os.eventfd_write(self.fileno, 1)
+
+    def waited(self) -> None:
+        """Nobody looks at `fileno` now, so the kernel need not signal it."""
+        if self._deferred:
+            self._words[self._cq_flags] = _CQ_EVENTFD_DISABLED
+
+    def collect(self) -> None:
+        """Tell those whose operations are done."""
+        words = self._words
+        if self._deferred and words[self._sq_flags] & _SQ_TASKRUN:
+            _enter(_ENTER, self._fd, 0, 0, _ENTER_GETEVENTS, None, 0)
+        while (tail := words[self._cq_tail]) != self._head:
+            with self._order:  # a lock orders memory
+                pass
+            while self._head != tail:
+                number, result = _CQE.unpack_from(self._ring, self._cqes + (self._head & self._cq_mask) * _CQE_BYTES)
+                self._head = words[self._cq_head] = self._head + 1 & _MASK
+                operation, data = _aloft.pop(number)
+                operation.done(result, data)
+
+
+def _set_up(entries: int) -> tuple[int, Any]:
+    for way in _WAYS:
+        params = _Params(flags=way | _SETUP_CLAMP)
+        fd = _call(ctypes.c_long(_SETUP), ctypes.c_uint(entries), ctypes.byref(params))
+        if fd >= 0:
+            return fd, params
+        if ctypes.get_errno() != errno.EINVAL:
+            break
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -1,0 +1,207 @@
+"""io_uring itself, in each of the ways in which kernels tell what is done."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import select
+import struct
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from iohang_fuse import ring as ring_module
+from iohang_fuse.ring import Ring
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ENTRIES = 8
+
+
+class Outcome:
+    """An operation that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.result: int | None = None
+        self.data = b""
+
+    def done(self, result: int, data: bytes) -> None:
+        assert self.result is None, "told once"
+        self.result, self.data = result, data
+
+
+@pytest.fixture(params=range(len(ring_module._WAYS)), ids=["deferred", "cooperative", "by interrupt"])
+def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ring:
+    """What this kernel cannot do, it refuses with EINVAL: then there is nothing to be seen of that way here."""
+    monkeypatch.setattr(ring_module, "_WAYS", ring_module._WAYS[request.param : request.param + 1])
+    return Ring(ENTRIES)
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(range(256)) * 16)
+    number = os.open(path, os.O_RDWR)
+    yield number
+    os.close(number)
+
+
+def wait(ring: Ring, *outcomes: Outcome) -> None:
+    """As the event loop does: hand over, sleep until the descriptor is readable, collect."""
+    end_s = time.monotonic() + 20
+    ready = select.poll()
+    ready.register(ring.fileno, select.POLLIN)
+    while any(outcome.result is None for outcome in outcomes):
+        ring.about_to_wait()
+        assert ready.poll(max(end_s - time.monotonic(), 0) * 1000), "nobody was told, and there is something to be told"
+        os.eventfd_read(ring.fileno)
+        ring.waited()
+        ring.collect()
+
+
+def test_reads_and_writes(ring: Ring, fd: int) -> None:
+    """Each at its place."""
+    read, write, again = Outcome(), Outcome(), Outcome()
+    ring.read(read, fd, 100, 50)
+    ring.write(write, fd, 4000, b"hello")
+    wait(ring, read, write)
+    assert (read.result, read.data, write.result) == (50, bytes(range(100, 150)), 5)
+    ring.read(again, fd, 4000, 5)
+    wait(ring, again)
+    assert again.data == b"hello"
+
+
+def test_errors_and_short_counts_are_told(ring: Ring, fd: int) -> None:
+    """The kernel's own words; what to make of them is for others."""
+    bad, short, end = Outcome(), Outcome(), Outcome()
+    ring.write(bad, 10_000, 0, b"x")
+    ring.read(short, fd, 4090, 100)
+    ring.read(end, fd, 1 << 40, 10)
+    wait(ring, bad, short, end)
+    assert (bad.result, short.result, end.result) == (-errno.EBADF, 6, 0)
+    assert short.data[:6] == bytes(range(250, 256))
+
+
+def test_the_queues_go_round(ring: Ring, fd: int) -> None:
+    """Many times their lengths, in batches of each size that there is room for: each is told its own."""
+    number = 0
+    for batch in [*range(1, ENTRIES + 1)] * 20:
+        outcomes = []
+        for _ in range(batch):
+            assert ring.room > 0
+            outcome = Outcome()
+            ring.read(outcome, fd, number % 4000, 4)
+            outcomes.append((number % 4000, outcome))
+            number += 1
+        assert ring.room == ENTRIES - batch
+        wait(ring, *(outcome for _, outcome in outcomes))
+        assert all(outcome.data == bytes((at + n) % 256 for n in range(4)) for at, outcome in outcomes)
+
+
+def test_what_is_done_while_nobody_waits_is_collected(ring: Ring, fd: int) -> None:
+    """A busy loop does not sleep: `collect` alone finds what is done."""
+    outcome = Outcome()
+    ring.waited()
+    ring.read(outcome, fd, 0, 4)
+    ring.hand_over()
+    end_s = time.monotonic() + 20
+    while outcome.result is None and time.monotonic() < end_s:
+        ring.collect()
+    assert outcome.result == 4
+
+
+def test_what_was_done_before_one_waits_ends_the_wait(ring: Ring, fd: int) -> None:
+    """P7: an answer that is there must not sleep until the next one comes."""
+    for _ in range(300):
+        outcome = Outcome()
+        ring.waited()
+        ring.read(outcome, fd, 0, 4)
+        ring.hand_over()
+        wait(ring, outcome)
+        assert outcome.result == 4
+
+
+def test_no_operation_begins_in_the_system_call(ring: Ring, fd: int) -> None:
+    """Nothing may ever block the loop: each has IOSQE_ASYNC, where linux/io_uring.h has the flags."""
+    outcomes = [Outcome(), Outcome()]
+    ring.read(outcomes[0], fd, 0, 4)
+    ring.write(outcomes[1], fd, 0, b"x")
+    for index in range(2):
+        opcode, flags = struct.unpack_from("=BB", ring._sqes, index * 64)
+        assert (opcode, flags) == ((22, 23)[index], 1 << 4)
+    wait(ring, *outcomes)
+
+
+def test_what_the_kernel_does_not_take_is_told_so(ring: Ring, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its order, and what comes after it is handed over as ever."""
+    real, calls, order = ring_module._enter, [], []
+
+    class Ordered(Outcome):
+        def done(self, result: int, data: bytes) -> None:
+            super().done(result, data)
+            order.append(self)
+
+    def one_alone(number: int, ring_fd: int, count: int, *rest: object) -> int:
+        """It takes one, and has no memory for the others."""
+        calls.append(count)
+        return real(number, ring_fd, 1, *rest) if len(calls) == 1 else -1
+
+    outcomes = [Ordered() for _ in range(4)]
+    for outcome in outcomes:
+        ring.read(outcome, fd, 0, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(ring_module, "_enter", one_alone)
+        ring.hand_over()
+    assert order == outcomes[1:]
+    assert [outcome.result for outcome in order] == [-errno.EAGAIN] * 3
+    assert ring.room == ENTRIES
+    more = Outcome()
+    ring.write(more, fd, 0, b"more")
+    wait(ring, outcomes[0], more)
+    assert (outcomes[0].result, more.result) == (4, 4)
+
+
+def test_memory_outlives_the_ring(fd: int) -> None:
+    """The kernel may still write into it when the server has ended: it must not be anybody else's by then."""
+    before = len(ring_module._aloft)
+    ring = Ring(ENTRIES)
+    for _ in range(ENTRIES):
+        ring.read(Outcome(), fd, 0, 4096)
+    ring.hand_over()
+    del ring
+    gc.collect()
+    assert len(ring_module._aloft) == before + ENTRIES
+
+
+def test_nothing_is_left_of_a_ring(fd: int) -> None:
+    """P10: nor is it there for a child process."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        ring = Ring(ENTRIES)
+        assert not any(os.get_inheritable(number) for number in (ring.fileno, ring._fd))
+        outcome = Outcome()
+        ring.read(outcome, fd, 0, 4)
+        wait(ring, outcome)
+        del ring
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_kernel_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errno of io_uring_setup(2); EINVAL alone means that another way may do."""
+    tried = []
+
+    def refuse(*_: object) -> int:
+        tried.append(1)
+        ring_module.ctypes.set_errno(errno.ENOSYS)
+        return -1
+
+    monkeypatch.setattr(ring_module, "_call", refuse)
+    with pytest.raises(OSError, match="not implemented") as caught:
+        Ring(ENTRIES)
+    assert caught.value.errno == errno.ENOSYS
+    assert len(tried) == 1
