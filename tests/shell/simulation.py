@@ -27,7 +27,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from iohang_fuse import backing, writelog
+from iohang_fuse import backing as backing_module
+from iohang_fuse import writelog
 from iohang_fuse.backing import Backing
 from iohang_fuse.engine import Abandoned
 from iohang_fuse.events import Op
