@@ -37,6 +37,7 @@ class Mount:
         self.handle = handle
         self.rounds = Rounds()
         self.did: list[tuple[str, int, int]] = []
+        self.tasks: list[int] = []  # who did it
         self.inside = 0
 
     def ask(self, *requests: int) -> None:
@@ -52,9 +53,13 @@ class Mount:
                 await self.trio.lowlevel.wait_readable(self.end)
                 self.inside -= 1
             (request,) = os.read(self.end, 1)
-            self.did.append(("take", request, self.rounds.count))
+            self._note("take", request)
             await self.handle(request)
-            self.did.append(("answer", request, self.rounds.count))
+            self._note("answer", request)
+
+    def _note(self, what: str, request: int) -> None:
+        self.did.append((what, request, self.rounds.count))
+        self.tasks.append(id(trio.lowlevel.current_task()))
 
     async def answered(self, count: int) -> None:
         """Until *count* requests are."""
@@ -121,24 +126,26 @@ async def test_several_take_while_requests_wait() -> None:
         await mount.answered(TASKS)
 
 
-async def test_what_is_done_is_answered_before_anything_new_is_taken() -> None:
-    """The guest is woken once for all that is done in one round, and not once for each."""
+async def test_who_has_slept_answers_and_lets_others_answer_first() -> None:
+    """What is done in one round is answered before anything new is taken: the guest is woken once for all of it."""
     ready = trio.Event()
 
     async def later(_request: int) -> None:
         await ready.wait()
 
     async with mounted(later) as mount:
-        mount.ask(*range(6))
-        while len(mount.did) < 6:
+        mount.ask(*range(TASKS))
+        while len(mount.did) < TASKS:
             await trio.lowlevel.checkpoint()
-        mount.did.clear()
-        mount.ask(*range(10, 16))  # they wait when the others are done
+        mount.ask(*[TASKS] * TASKS)  # they wait when the others are done
         ready.set()
-        await mount.answered(12)
-        answers = [at for at, (_, request, _) in enumerate(mount.did) if request < 10]
-        # The one that has waited for the descriptor has its turn in the same round, and nobody that has answered.
-        assert answers[5] - answers[0] <= 6, mount.did
+        await mount.answered(2 * TASKS)
+    answered: dict[int, int] = {}
+    for (what, request, number), task in zip(mount.did, mount.tasks, strict=True):
+        if what == "answer" and request < TASKS:
+            answered[task] = number
+        elif what == "take" and task in answered:
+            assert number > answered.pop(task)
 
 
 async def test_one_is_called_while_nothing_waits() -> None:
