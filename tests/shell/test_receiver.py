@@ -15,7 +15,7 @@ from iohang_fuse.receiver import CALLED, IN_A_ROW
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-TASKS = 10
+TASKS = 64
 
 
 class Rounds(trio.abc.Instrument):
