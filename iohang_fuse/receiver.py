@@ -79,7 +79,7 @@ class Turnstile:
     async def __aenter__(self) -> None:
         task = trio.lowlevel.current_task()
         slept = task is not self._latest
-        if slept:  # and has just answered; so may others, who come first
+        if slept and not self._taken:  # he has just answered; so may others, who come first
             await trio.lowlevel.checkpoint()
         while self._taken:
             await self._wait(task)
