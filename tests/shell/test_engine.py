@@ -17,6 +17,7 @@ import trio
 from iohang_fuse import backing as backing_module
 from iohang_fuse import engine as engine_module
 from iohang_fuse import ring as ring_module
+from iohang_fuse import source as source_module
 from iohang_fuse.backing import Backing
 from iohang_fuse.engine import Abandoned, Engine, Transfer, Unavailable
 from iohang_fuse.source import SERVER, Opened, Where, open_data
@@ -450,6 +451,29 @@ async def test_what_the_kernel_has_no_memory_for_is_done_in_a_thread(
     backing.close()
 
 
+async def test_a_bug_costs_one_request(
+    ring: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P11: what goes wrong when one operation is brought back is logged, and the others are brought back."""
+    done = engine_module._RingFlight.done
+    planted = []
+
+    def buggy(flight: engine_module._RingFlight, result: int, data: bytes) -> None:
+        if not planted:
+            planted.append(flight)
+            raise ZeroDivisionError("planted")
+        done(flight, result, data)
+
+    monkeypatch.setattr(engine_module._RingFlight, "done", buggy)
+    backing = ring.open()
+    with trio.move_on_after(MOMENT_S):
+        await ring.write(backing, 0, b"x")
+    assert "planted" in caplog.text
+    with trio.fail_after(5):
+        assert await ring.write(backing, 0, b"y") == 1
+    backing.close()
+
+
 def test_without_io_uring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue: "`threads` where io_uring is not to be had"; who asks for uring by name is told why not."""
 
@@ -530,3 +554,48 @@ def test_a_descriptor_that_is_being_replaced_is_not_read_from(cached: Backing) -
     cached._now.closed = True
     assert cached.read_cached(0, 10) is None
     cached._now.closed = False
+
+
+def test_small_answers_stay_and_large_ones_until_the_next(cached: Backing, path: Path) -> None:
+    """A large one is copied to the kernel before anything else is read; a small one may be changed by nobody."""
+    content = os.urandom(1 << 20)
+    path.write_bytes(content)
+    cached.read(0, 1 << 20)
+    first, second = cached.read_cached(0, 4096), cached.read_cached(4096, 64 << 10)
+    for size in (100 << 10, 1 << 20):
+        assert cached.read_cached(0, size) == content[:size]
+    assert (first, second) == (content[:4096], content[4096 : 68 << 10])
+
+
+def test_nothing_that_may_wait_is_done_under_the_lock_that_the_loop_takes(
+    cached: Backing, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: opening anew takes as long as the storage does; the event loop takes this lock before each attempt."""
+    calls = []
+
+    class Watched:
+        """os, which tells which calls were made, and that none was under the lock."""
+
+        def __getattr__(self, name: str) -> object:
+            real = getattr(os, name)
+            if not callable(real) or name == "strerror":
+                return real
+
+            def call(*args: object, **kwargs: object) -> object:
+                assert not cached._lock.locked(), name
+                calls.append(name)
+                return real(*args, **kwargs)
+
+            return call
+
+    def without_atime(fd: int) -> bool:
+        assert not cached._lock.locked()
+        calls.append("fcntl")
+        return source_module.without_atime(fd)
+
+    monkeypatch.setattr(backing_module, "os", Watched())
+    monkeypatch.setattr(backing_module, "without_atime", without_atime)
+    where = Where(str(path.parent), path.name.encode(), path.stat().st_ino, b"", 0)
+    assert cached.renew(where, 0)
+    cached.sync(data_only=True)
+    assert {"fstat", "fcntl", "close", "fdatasync"} <= {*calls}
