@@ -76,7 +76,10 @@ class Ordering(Generic[T]):
 
     def read(self, whose: T, start: int, end: float) -> Turn[T]:
         """A read arrives. `waits` says whether it may go."""
-        return self._arrive(whose, start, end, "read")
+        self._seq += 1
+        turn = Turn(whose, self._seq, start, end, "read")
+        self._look_ahead(turn)
+        return turn
 
     def obstructed(self, start: int, end: float) -> bool:
         """Whether a read that arrives now would have to wait."""
@@ -84,7 +87,9 @@ class Ordering(Generic[T]):
 
     def write(self, whose: T, start: int, end: float) -> Turn[T]:
         """A write arrives, or with *end* infinite a change of size to *start*."""
-        turn = self._arrive(whose, start, end, "write")
+        self._seq += 1
+        turn = Turn(whose, self._seq, start, end, "write")
+        self._look_ahead(turn)
         self.writes += 1
         self._unfinished.append(turn)
         if end == math.inf:
@@ -134,14 +139,12 @@ class Ordering(Generic[T]):
                 freed.append(waiter.whose)
         return freed
 
-    def _arrive(self, whose: T, start: int, end: float, kind: str) -> Turn[T]:
-        self._seq += 1
-        turn = Turn(whose, self._seq, start, end, kind)
+    def _look_ahead(self, turn: Turn[T]) -> None:
+        """*turn* has arrived: which writes it waits for."""
         if self.writes and (self._wide or not turn.blocks or not self._blocks.keys().isdisjoint(turn.blocks)):
-            earlier = {*self._earlier(start, end)}
+            earlier = {*self._earlier(turn.start, turn.end)}
             if earlier:
                 turn.wait_for(earlier)
-        return turn
 
     def _earlier(self, start: int, end: float) -> Iterator[Turn[T]]:
         """Writes to wait for: with those that they wait for themselves, all that overlap the range."""

@@ -226,7 +226,13 @@ class RehandleList:
         self._seq += 1
         self._live += 1
         request = Request(self._seq, op, offset, length, now)
-        turn = self._take_place(request, offset + length if end is None else end) if ordered else None
+        order, turn = self._order, None
+        if not ordered:
+            pass
+        elif op is Op.WRITE:
+            turn = order.write(request, offset, offset + length if end is None else end)
+        elif order.writes:  # otherwise nobody waits for it, and it waits for nobody
+            turn = order.sync(request) if op is Op.FSYNC else order.read(request, offset, offset + length)
         request.turn = turn
         behind = turn is not None and turn.waits
         slots = self.policy.share if self.gate_open else self.policy.recovery_gate
@@ -255,14 +261,6 @@ class RehandleList:
                 self._hold_waiting(request, now, step)
                 self._pump(now, step)
         return request, step
-
-    def _take_place(self, request: Request, end: float) -> Turn[Request] | None:
-        op = request.op
-        if op is Op.WRITE:
-            return self._order.write(request, request.offset, end)
-        if not self._order.writes:
-            return None  # nobody waits for it, and it waits for nobody
-        return self._order.sync(request) if op is Op.FSYNC else self._order.read(request, request.offset, end)
 
     def succeeded(self, request: Request, now: float) -> Step:
         """The attempt of *request* has succeeded; it is answered by its own coroutine."""
