@@ -288,7 +288,8 @@ class Engine:
         try:
             while True:
                 await trio.lowlevel.wait_readable(ring.fileno)  # ends trio's wait; all else is in `_Batches`
-                os.eventfd_read(ring.fileno)
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(ring.fileno)
         finally:
             trio.lowlevel.remove_instrument(batches)
 

@@ -264,11 +264,17 @@ class Requests:
         request, step = image.held.arrive(Op.READ, offset, size, self._now())
         begun = 0
         if step is NOTHING and not backing.failures:  # most of them
-            begun, before, end_before = 1, written.overlapping(offset, offset + size), written.end
-            succeeded, step, found = await self._attempt_plainly(handle, request, work)
-            if succeeded:
-                self._apply(image, step)
-                return written.overlay(offset, size, found, before, end_before)
+            try:
+                before, end_before = written.overlapping(offset, offset + size), written.end
+                begun = 1
+                failed, data = await self._attempt_plainly(handle, request, work)
+                step = image.held.succeeded(request, self._now()) if failed is None else failed
+                if failed is None and request.answer is None:
+                    self._apply(image, step)
+                    return written.overlay(offset, size, data, before, end_before)
+            except BaseException:
+                self._gone(image, request, begun)
+                raise
 
         async def attempt(request: Request) -> bytes:
             # The storage may have dropped what a failed writeback left in its cache; the log has it.
@@ -286,17 +292,23 @@ class Requests:
         begun = 0
         if step is NOTHING and self._is_plain(image, backing):
             # Most of them. All that `attempt` does beyond this needs a reason, of which `_is_plain` finds none.
-            begun, errors = 1, image.log.errors
-            image.writes(request, offset, end)
             try:
+                errors = image.log.errors
                 work = Transfer(backing, offset, size, data, image.set_id, end > image.size)
-                succeeded, step, _ = await self._attempt_plainly(handle, request, work)
-            finally:
-                image.writes_no_more(request)
-            if succeeded:
-                self._written(handle, offset, data, errors)
-                self._apply(image, step)
-                return size
+                image.writes(request, offset, end)
+                begun = 1
+                try:
+                    failed, _ = await self._attempt_plainly(handle, request, work)
+                finally:
+                    image.writes_no_more(request)
+                if failed is None:
+                    self._written(handle, offset, data, errors)
+                    self._apply(image, held.succeeded(request, self._now()))
+                    return size
+                step = failed
+            except BaseException:
+                self._gone(image, request, begun)
+                raise
 
         async def attempt(request: Request) -> int:
             needs_witness = image.log.limit and not backing.stable
@@ -515,21 +527,17 @@ class Requests:
             self._gone(image, request, begun)
             raise
 
-    async def _attempt_plainly(self, handle: Handle, request: Request, work: Transfer) -> tuple[bool, Step, Any]:
-        """A first attempt, where nothing has failed before: whether it is to be answered with its result, and what it led to."""
-        held = handle.image.held
+    async def _attempt_plainly(self, handle: Handle, request: Request, work: Transfer) -> tuple[Step | None, Any]:
+        """A first attempt, where nothing has failed before: None and its result, or what its failure led to."""
         try:
             result = await self._attempt(handle, request, work)
         except Abandoned:
-            return False, Step(), None
+            return Step(), None
         except OSError as error:
             handle.backing.failed(error)
-            return False, self._failed(handle.image, request, error), None
-        except BaseException:
-            self._gone(handle.image, request, 1)
-            raise
-        step = held.succeeded(request, self._now())
-        return request.answer is None, step, result
+            return self._failed(handle.image, request, error), None
+        handle.backing.failures = 0  # of others, meanwhile
+        return None, result
 
     def _failed(self, image: Image, request: Request, error: OSError) -> Step:
         """An attempt has."""
@@ -567,10 +575,12 @@ class Requests:
         try:
             if not (backing.failures or image.held.fences):  # most of them: what `_fly` does then
                 try:
-                    return await self._attempt(handle, request, work)
+                    result = await self._attempt(handle, request, work)
                 except OSError as error:
                     backing.failed(error)
                     raise
+                backing.failures = 0  # of others, meanwhile
+                return result
             if not image.held.fences.stand(start, end):
                 return await self._fly(handle, request, work)
 
@@ -745,6 +755,7 @@ class Requests:
             await self.sync(next(iter(image.handles.values())), data_only=True, ordered=False)
         except Exception as error:  # noqa: BLE001 - a sync that nobody asked for has nobody to tell; the log keeps all
             log.debug("%s: the server's own sync: %s", image.held.image, error)
+            image.log.mark()  # a block that was written before the sync and since then counts once
             if image.log.full and not (image.held.sick and image.held.holding):
                 # A full disk, for example, or nothing is held any more: no outage to wait for the end of.
                 number = getattr(error, "errno", None) or errno.EIO

@@ -522,7 +522,7 @@ async def test_a_random_outage(start: Start, autojump_clock: MockClock, seed: in
         for _ in range(dice.choice([5, 60])):
             nursery.start_soon(consumer)
     await trio.sleep(60)
-    assert len(answered) > 100
+    assert len(answered) > 50
     assert (shell.held.in_flight, shell.handle.in_use, shell.held.sick) == (0, 0, False)
     assert shell.requests._held_bytes.held == 0
     edges = [type(e) for e in shell.events if isinstance(e, HangBegan | HangEnded)]

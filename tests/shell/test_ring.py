@@ -125,6 +125,58 @@ def test_what_was_done_before_one_waits_ends_the_wait(ring: Ring, fd: int) -> No
         assert outcome.result == 4
 
 
+def test_many_are_collected_at_once(fd: int) -> None:
+    """Linux 6.13 and later bring some 20 in one system call."""
+    ring = Ring(512)
+    ring.waited()
+    outcomes = [Outcome() for _ in range(300)]
+    for number, outcome in enumerate(outcomes):
+        ring.read(outcome, fd, number, 4)
+    ring.hand_over()
+    time.sleep(0.3)  # the kernel's threads; nobody can be asked whether they are done without collecting
+    ring.collect()
+    assert sum(outcome.result == 4 for outcome in outcomes) > 200
+    wait(ring, *outcomes)
+
+
+def test_what_was_done_before_a_refusal_ends_the_wait(ring: Ring, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no memory for the next one, what the system call would have brought is signalled all the same."""
+    real, done, refused = ring_module._enter, Outcome(), Outcome()
+
+    def no_memory(number: int, ring_fd: int, count: int, *rest: object) -> int:
+        return -1 if count else real(number, ring_fd, count, *rest)
+
+    ring.waited()
+    ring.read(done, fd, 0, 4)
+    ring.hand_over()
+    time.sleep(0.05)
+    ring.write(refused, fd, 0, b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(ring_module, "_enter", no_memory)
+        ring.about_to_wait()
+    ready = select.poll()
+    ready.register(ring.fileno, select.POLLIN)
+    assert ready.poll(0)
+    ring.collect()
+    assert (done.result, refused.result) == (4, -errno.EAGAIN)
+
+
+def test_a_bug_costs_one_operation(ring: Ring, fd: int, caplog: pytest.LogCaptureFixture) -> None:
+    """P11: the others are told, of those that are done as of those that the kernel has refused."""
+
+    class Buggy(Outcome):
+        def done(self, result: int, data: bytes) -> None:
+            super().done(result, data)
+            raise ZeroDivisionError("planted")
+
+    outcomes = [Buggy(), Outcome(), Buggy(), Outcome()]
+    for outcome in outcomes:
+        ring.read(outcome, fd, 0, 4)
+    wait(ring, *outcomes)
+    assert [outcome.result for outcome in outcomes] == [4] * 4
+    assert caplog.text.count("a bug in what is done") == 2
+
+
 def test_no_operation_begins_in_the_system_call(ring: Ring, fd: int) -> None:
     """Nothing may ever block the loop: each has IOSQE_ASYNC, where linux/io_uring.h has the flags."""
     outcomes = [Outcome(), Outcome()]
@@ -201,7 +253,21 @@ def test_a_kernel_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         return -1
 
     monkeypatch.setattr(ring_module, "_call", refuse)
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="not implemented") as caught:
         Ring(ENTRIES)
     assert caught.value.errno == errno.ENOSYS
     assert len(tried) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_kernel_that_is_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 5.6 each way is EINVAL, which says nothing to anybody."""
+
+    def refuse(*_: object) -> int:
+        ring_module.ctypes.set_errno(errno.EINVAL)
+        return -1
+
+    monkeypatch.setattr(ring_module, "_call", refuse)
+    with pytest.raises(OSError, match=r"before 5\.6"):
+        Ring(ENTRIES)
