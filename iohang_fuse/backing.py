@@ -63,6 +63,7 @@ class Backing:
         # Which way its reads and writes may go.
         self.reads_cached = opened.nowait
         self.reads_on_ring = opened.ring_reads and not opened.nowait
+        self.large_reads_on_ring = opened.ring_reads and opened.nowait
         self.writes_on_ring = opened.ring_writes and not self.serial
         self._flags = opened.flags
         self._opener = opener

@@ -22,7 +22,7 @@ import outcome
 import trio
 
 from iohang_fuse.backing import Backing, close_quietly
-from iohang_fuse.ring import Ring
+from iohang_fuse.ring import LARGE_BYTES, Ring
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ class Transfer:
         self.data = data
         self.as_opener = as_opener
         if data is None:
-            self.on_ring = backing.reads_on_ring
+            self.on_ring = backing.reads_on_ring or (backing.large_reads_on_ring and size > LARGE_BYTES)
         else:
             # On FUSE a write that makes the file grow keeps its lock until it has returned, and one that waits for that lock
             # would keep the kernel's thread, and with it other images' writes (P7).

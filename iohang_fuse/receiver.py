@@ -42,7 +42,7 @@ class _Device:
     def __init__(self) -> None:
         self._ready = select.poll()
         self._fd = -1
-        self._in_a_row = 0
+        self.in_a_row = 0
         self.wanted = 1  # so many tasks to take requests at once
         self.slept = False  # whether who takes the next one has slept since the one before
 
@@ -52,15 +52,23 @@ class _Device:
             self._fd = fd
             self._ready = select.poll()
             self._ready.register(fd, select.POLLIN)
-        self._in_a_row += 1
-        if self._in_a_row >= IN_A_ROW or not self._ready.poll(0):
-            self._in_a_row = 0
+        self.in_a_row += 1
+        if self.in_a_row >= IN_A_ROW or not self._ready.poll(0):
+            self.in_a_row = 0
             self.wanted = max(self.wanted - 1, 1)
             await trio.lowlevel.wait_readable(fd)
         elif self.slept:  # and meanwhile nobody has taken it
             self.wanted = min(self.wanted + 1, CALLED)
         else:
             self.wanted = 1
+
+
+def others_wait() -> bool:
+    """Whether the request that was taken last had been waiting for its turn: there are more than one at a time."""
+    return _device.in_a_row > 0
+
+
+_device = _Device()
 
 
 class Turnstile:
@@ -117,9 +125,9 @@ class _Lowlevel:
 class _Trio:
     """trio, but for two names."""
 
-    def __init__(self) -> None:
-        self._device = _Device()
-        self.lowlevel = _Lowlevel(self._device)
+    def __init__(self, device: _Device) -> None:
+        self._device = device
+        self.lowlevel = _Lowlevel(device)
 
     def Lock(self) -> Turnstile:  # noqa: N802 - trio's name
         return Turnstile(self._device)
@@ -132,5 +140,5 @@ async def main() -> None:
     """Serve the mount of `pyfuse3.init` until it is unmounted, or pyfuse3.terminate() is called."""
     gc.freeze()  # what is there by now stays
     gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
-    pyfuse3.trio = _Trio()  # type: ignore[attr-defined]
+    pyfuse3.trio = _Trio(_device)  # type: ignore[attr-defined]
     await pyfuse3.main(limits.MIN_TASKS, limits.MAX_TASKS)

@@ -74,6 +74,24 @@ _address = ctypes.pythonapi.PyBytes_AsString
 _address.argtypes, _address.restype = (ctypes.py_object,), ctypes.c_void_p
 
 
+LARGE_BYTES = 128 << 10
+"""Above that, a new `bytes` for each read would cost more in page faults than the read."""
+
+_LARGEST_BYTES = 1 << 20  # FUSE's largest read
+_MOST_BUFFERS = 16  # that are kept for the next ones
+
+
+class _Buffer:
+    """Memory for one large read, again and again."""
+
+    __slots__ = ("address", "view")
+
+    def __init__(self) -> None:
+        memory = mmap.mmap(-1, _LARGEST_BYTES)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.view = memoryview(memory)
+
+
 class Operation(Protocol):
     """Who is told what became of an operation."""
 
@@ -81,7 +99,7 @@ class Operation(Protocol):
         """*result*: the count of bytes, or an errno negated. *data*: the bytes, of which as many count."""
 
 
-_aloft: dict[int, tuple[Operation, bytes]] = {}
+_aloft: dict[int, tuple[Operation, bytes | _Buffer]] = {}
 """Operations of all rings by their numbers: so the bytes outlive even a ring that nobody has any more."""
 
 
@@ -145,6 +163,8 @@ class Ring:
         self._sq_mask, self._cq_mask = self.entries - 1, params.cq_entries - 1
         self._tail = self._handed_over = words[self._sq_tail]
         self._head = words[self._cq_head]
+        self._buffers: list[_Buffer] = []
+        self._lent: list[_Buffer] = []  # until the next `hand_over`
         self._order = threading.Lock()
         self._order.acquire()
 
@@ -164,24 +184,37 @@ class Ring:
         return int(self.entries - (self._tail - self._handed_over & _MASK))
 
     def read(self, operation: Operation, fd: int, offset: int, size: int) -> None:
-        """Have *size* bytes at *offset* read. There must be `room`."""
-        self._put(_OP_READ, operation, fd, offset, size, cast("bytes", _new_bytes(None, size)))
+        """Have *size* bytes at *offset* read. There must be `room`.
+
+        What is larger than `LARGE_BYTES` is told as a view of memory that the next `hand_over` takes back.
+        """
+        if LARGE_BYTES < size <= _LARGEST_BYTES:
+            buffer = self._buffers.pop() if self._buffers else _Buffer()
+            self._put(_OP_READ, operation, fd, offset, size, buffer.address, buffer)
+        else:
+            data = cast("bytes", _new_bytes(None, size))
+            self._put(_OP_READ, operation, fd, offset, size, _address(data), data)
 
     def write(self, operation: Operation, fd: int, offset: int, data: bytes) -> None:
         """Have *data* written at *offset*. There must be `room`."""
-        self._put(_OP_WRITE, operation, fd, offset, len(data), data)
+        self._put(_OP_WRITE, operation, fd, offset, len(data), _address(data), data)
 
-    def _put(self, opcode: int, operation: Operation, fd: int, offset: int, size: int, data: bytes) -> None:
+    def _put(
+        self, opcode: int, operation: Operation, fd: int, offset: int, size: int, address: int, data: bytes | _Buffer
+    ) -> None:
         number = next(_numbers)
         _SQE.pack_into(
             self._sqes, (self._tail & self._sq_mask) * _SQE_BYTES,
-            opcode, _SQE_ASYNC, 0, fd, offset, _address(data), size, 0, number,
+            opcode, _SQE_ASYNC, 0, fd, offset, address, size, 0, number,
         )  # fmt: skip
         _aloft[number] = operation, data
         self._tail = self._tail + 1 & _MASK
 
     def hand_over(self) -> None:
         """Give the kernel what was put on the ring. What it does not take, for want of memory, is done with EAGAIN."""
+        if self._lent:
+            self._buffers += self._lent[: _MOST_BUFFERS - len(self._buffers)]
+            self._lent.clear()
         count = self._tail - self._handed_over & _MASK
         self._words[self._sq_tail] = self._tail
         while count:
@@ -202,7 +235,7 @@ class Ring:
             refused.append(_aloft.pop(number))
         self._words[self._sq_tail] = self._tail
         for operation, data in reversed(refused):
-            _tell(operation, -errno.EAGAIN, data)
+            self._tell(operation, -errno.EAGAIN, data)
         os.eventfd_write(self.fileno, 1)  # who was told may have work for a loop that is just about to wait
 
     def about_to_wait(self) -> None:
@@ -239,14 +272,16 @@ class Ring:
                 number, result = _CQE.unpack_from(self._ring, self._cqes + (self._head & self._cq_mask) * _CQE_BYTES)
                 self._head = words[self._cq_head] = self._head + 1 & _MASK
                 operation, data = _aloft.pop(number)
-                _tell(operation, result, data)
+                self._tell(operation, result, data)
 
-
-def _tell(operation: Operation, result: int, data: bytes) -> None:
-    try:
-        operation.done(result, data)
-    except Exception:  # a bug costs one operation, and not those that are told after it (P11)
-        log.exception("a bug in what is done with an operation of io_uring; the mount stays")
+    def _tell(self, operation: Operation, result: int, data: bytes | _Buffer) -> None:
+        if type(data) is _Buffer:
+            self._lent.append(data)
+            data = cast("bytes", data.view[: max(result, 0)])  # nobody changes it, and nobody keeps it
+        try:
+            operation.done(result, cast("bytes", data))
+        except Exception:  # a bug costs one operation, and not those that are told after it (P11)
+            log.exception("a bug in what is done with an operation of io_uring; the mount stays")
 
 
 def _set_up(entries: int) -> tuple[int, Any]:

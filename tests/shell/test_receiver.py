@@ -31,7 +31,7 @@ class Mount:
     """A pipe, the tasks that take from it, and what they did: ("take" or "answer", which request, in which round)."""
 
     def __init__(self, handle: Callable[[int], Awaitable[None]]) -> None:
-        self.trio = receiver._Trio()
+        self.trio = receiver._Trio(receiver._Device())
         self.lock = self.trio.Lock()
         self.end, self.guest = os.pipe()
         self.handle = handle

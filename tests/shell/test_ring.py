@@ -125,6 +125,42 @@ def test_what_was_done_before_one_waits_ends_the_wait(ring: Ring, fd: int) -> No
         assert outcome.result == 4
 
 
+def test_large_reads_have_memory_of_their_own(tmp_path: Path) -> None:
+    """As many at once as there are, each its own bytes, until the next `hand_over`; then the memory is used again."""
+    path = tmp_path / "large.img"
+    content = os.urandom(4 << 20)
+    path.write_bytes(content)
+    ring, fd = Ring(64), os.open(path, os.O_RDONLY)
+    for _ in range(5):
+        kept: list[tuple[int, bytes]] = []
+
+        class Copied(Outcome):
+            def __init__(self, at: int, kept: list[tuple[int, bytes]] = kept) -> None:
+                super().__init__()
+                self.at, self.kept = at, kept
+
+            def done(self, result: int, data: bytes) -> None:
+                super().done(result, data)
+                self.kept.append((self.at, data))
+
+        outcomes = [Copied(number * 100_000) for number in range(30)]
+        for outcome in outcomes:
+            ring.read(outcome, fd, outcome.at, 1 << 20)
+        ring.hand_over()
+        end_s = time.monotonic() + 20
+        while any(outcome.result is None for outcome in outcomes) and time.monotonic() < end_s:
+            ring.collect()  # and not `hand_over`, which takes the memory back
+        assert all(bytes(data) == content[at : at + (1 << 20)] for at, data in kept)
+        assert len(kept) == 30
+    ring.hand_over()
+    assert len(ring._buffers) == ring_module._MOST_BUFFERS
+    short = Outcome()
+    ring.read(short, fd, (4 << 20) - 5, 1 << 20)
+    wait(ring, short)
+    assert short.result == 5
+    os.close(fd)
+
+
 def test_many_are_collected_at_once(fd: int) -> None:
     """Linux 6.13 and later bring some 20 in one system call."""
     ring = Ring(512)
