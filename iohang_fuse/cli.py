@@ -49,6 +49,7 @@ def options_help() -> str:
         "Spans of time: seconds, or 500ms, 90s, 5min, 2h, 1d; timeouts also inf. Sizes: bytes, or 64M, 1G.",
         f"Errors, by default: {config.TRANSIENT.replace(':', ', ')}.",
         f"Also the words of mount(8) and FUSE: {', '.join(sorted({*mountwords.FLAGS, *mountwords.CONTEXTS}))}.",
+        f"The monitor, by default: {config.MONITOR}, with the mount point's '/' as '-'; ask it with iohangctl(8).",
         AMOUNTS_TO,
         "Exit codes: 0 mounted, 1 wrong usage, 2 system error, 32 mount failure.",
     ]

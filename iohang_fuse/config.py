@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import grp
 import math
 import os
 import re
@@ -184,6 +185,38 @@ def _write_log(value: object) -> int:
     return size
 
 
+RUN = Path("/run/iohang")
+MONITOR = f"{RUN}/MOUNTPOINT.sock"
+"""What stands for the default: the mount point without its first `/`, and with `-` for each other one."""
+
+LONGEST_SOCKET = 107  # unix(7): sun_path, and a NUL
+
+
+def socket_of(mountpoint: Path) -> Path:
+    """The default socket of the monitor of a mount there."""
+    return RUN / f"{str(mountpoint).strip('/').replace('/', '-') or 'root'}.sock"
+
+
+def _monitor(value: object) -> str:
+    if _text(value) in {"none", MONITOR}:
+        return _text(value)
+    path = str(parse_path(value))
+    if len(os.fsencode(path)) > LONGEST_SOCKET:
+        raise ValueError(
+            f"{shown(value)} is longer than a socket's name may be ({LONGEST_SOCKET} bytes); say a shorter path"
+        )
+    return path
+
+
+def _group(value: object) -> str:
+    name = _text(value)
+    try:
+        grp.getgrnam(name)
+    except (KeyError, ValueError):
+        raise ValueError(f"{shown(value)} is no group here; say one of getent(1) group") from None
+    return name
+
+
 # ---- all values
 
 TIMEOUT = "60"
@@ -250,11 +283,24 @@ class Config(BaseModel):
     attr_timeout_s: Annotated[float, PlainValidator(_span("3650d at most", 0, LONGEST_SPAN_S))] = _option(
         "1", "how long the kernel may cache names and attributes"
     )
+    monitor: Annotated[str, PlainValidator(_monitor)] = _option(
+        MONITOR, "the monitor's QMP socket; none for no monitor"
+    )
+    monitor_group: Annotated[str, PlainValidator(_group)] = _option(
+        "root", "who beside root may use the monitor: a group's name"
+    )
     log: Annotated[Path | None, PlainValidator(parse_path)] = Field(
         None, validate_default=False, description="a file, in place of stderr or (in the background) syslog"
     )
     mount_words: tuple[str, ...] = ()
     """For pyfuse3.init(), escaped as libfuse wants them (`libfuse_escaped`); none contradicts another."""
+
+    @property
+    def monitor_path(self) -> Path | None:
+        """The monitor's socket; None if there is to be none."""
+        if self.monitor == MONITOR:
+            return socket_of(self.mountpoint)
+        return None if self.monitor == "none" else Path(self.monitor)
 
     @property
     def read_only(self) -> bool:
@@ -265,7 +311,7 @@ class Config(BaseModel):
 KEYS = frozenset({"timeout"} | {str(each.alias) for each in Config.model_fields.values() if each.description})
 """The options that this version has."""
 
-NOT_YET = {"monitor": ("none",), "metrics": ("none",)}
+NOT_YET = {"metrics": ("none",)}
 """Options that are to come, and the values that are true without them: nobody shall believe to have what is
 not there, and a configuration that asks for nothing more shall work today."""
 

@@ -24,6 +24,11 @@ def error_words(errno: int | None) -> str:
     return f"{errnos.errorcode.get(errno, errno)} ({os.strerror(errno)})"
 
 
+def errno_name(errno: int | None) -> str | None:
+    """`EIO`; a number that has no name as it is."""
+    return None if errno is None else errnos.errorcode.get(errno, str(errno))
+
+
 def span_words(seconds: float) -> str:
     """Seconds as an operator says them: `0.4 s`, `59 s`, `3 min 5 s`, `2 h 10 min`."""
     if seconds == math.inf:

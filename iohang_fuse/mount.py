@@ -7,6 +7,7 @@ then the parent is told. Unmounting is the reverse, and says who is in the way.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import signal
@@ -16,12 +17,14 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from iohang_fuse import background, diagnosis, limits, logs, receiver, source, syscalls
-from iohang_fuse.config import Config
+from iohang_fuse import __version__, background, diagnosis, limits, logs, receiver, source, syscalls
+from iohang_fuse.commands import About, Commands
+from iohang_fuse.config import MONITOR, Config
 from iohang_fuse.engine import Engine, Unavailable
 from iohang_fuse.events import Event, Op
 from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.messages import error_words, sentence
+from iohang_fuse.monitor import Monitor
 from iohang_fuse.mountwords import libfuse_escaped
 from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
@@ -178,9 +181,31 @@ class _Server:
             price=limits.price_of_held_bytes(),
             engine=engine,
         )
+        if engine.ring is not None:
+            self._requests.others_wait = receiver.others_wait
+        self._monitor = self._make_monitor()
         self._unmounted = False
         self._detached = False
         self._refusal: Refusal | None = None
+
+    def _make_monitor(self) -> Monitor | None:
+        path = self._config.monitor_path
+        if path is None:
+            return None
+        about = About(str(self._config.source), self._mountpoint, __version__, os.getpid())
+        commands = Commands(self._requests, about, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
+        major, minor, micro = (int(part) for part in __version__.split("."))
+        monitor = Monitor(path, commands, (major, minor, micro))
+        try:
+            monitor.bind(self._config.monitor_group)
+        except OSError as error:
+            words = f"monitor: no socket at {path}: {error_words(error.errno)}"
+            if self._config.monitor != MONITOR:
+                raise Refusal(EX_SYSTEM, f"{words}; say monitor=PATH, or monitor=none") from None
+            log.warning("%s. The mount is served without a monitor; say monitor=PATH, or monitor=none", words)
+            return None
+        self._requests.listen(monitor.tell)
+        return monitor
 
     async def run(self) -> int:
         """Mount, serve until unmounted. Raises `Refusal` if the mount fails."""
@@ -214,9 +239,16 @@ class _Server:
                 nursery.start_soon(self._requests.serve, nursery)
                 nursery.start_soon(self._mind_signals, nursery)
                 nursery.start_soon(self._announce)
+                if self._monitor is not None:
+                    nursery.start_soon(self._monitor.serve)
                 await receiver.main()
+                if self._monitor is not None:
+                    self._monitor.shut_down("unmounted")
+                    await trio.sleep(0.05)  # for the word to go out
                 nursery.cancel_scope.cancel()
         finally:
+            if self._monitor is not None:
+                self._monitor.close()
             # Never unmount here. After umount(8) there is nothing to do; after a crash the mount must stay in the way
             # (ENOTCONN), or QEMU would write into the bare directory beneath.
             pyfuse3.close(unmount=False)

@@ -103,6 +103,7 @@ class Request:
     failed_s: float = -math.inf  # of the latest failure
     errno: int | None = None  # of the latest failure
     deadline_s: float | None = None
+    limited_s: float = 0.0  # since when: of that much its timeout is counted
     held: bool = False
     freed: bool = False  # a success of another has let it try again, and it has not yet
     stubborn: bool = False
@@ -172,6 +173,7 @@ class RehandleList:
         self._limit_reported_s = -math.inf
         self._tick_s = math.inf  # when the timer is due next
         self._probing = False
+        self._draining = False  # an operator wants an end of what is held, one way or the other
         self._hang: _Hang | None = None
 
     # ---- what the shell asks
@@ -185,6 +187,11 @@ class RehandleList:
     def sick(self) -> bool:
         """Hanging, or timed out and not yet seen to work again."""
         return self._hang is not None or self.timed_out
+
+    @property
+    def since_s(self) -> float | None:
+        """When the hang began that there is; None without one."""
+        return None if self._hang is None else self._hang.since_s
 
     @property
     def in_flight(self) -> int:
@@ -310,6 +317,8 @@ class RehandleList:
             self._answer(request, errno, now)
         if closes_gate and self.sick:
             self.gate_open = False
+        if self._draining:
+            self._end_drain(now, step)
         self._pump(now, step)
         return step
 
@@ -383,6 +392,41 @@ class RehandleList:
             self._ready_again(failed.popleft())
         self._pump(now, step)
         return step
+
+    def drain(self, now: float) -> Step:
+        """An operator: try the oldest held requests now. If one fails, all held ones are answered with their errors.
+
+        So they are at once where nothing can be tried, because attempts that do not return have the gate.
+        """
+        step = Step()
+        if self.held:
+            self._draining = True
+            while failed := self._longer_waiting():
+                self._ready_again(failed.popleft(), oldest_first=True)
+            self._pump(now, step)
+            if all(now - request.started_s >= self.policy.blocked_after_s for request in self._trying.values()):
+                self._end_drain(now, step)
+        return step
+
+    def _end_drain(self, now: float, step: Step) -> None:
+        self._draining = False
+        for request in [*self.held.values()]:
+            errno = request.errno or self.errno or self.policy.timeout_errno
+            if request.state is State.WAITING or request.op is Op.READ:
+                self._give_up(request, now, step, errno)
+            elif request.state is State.TRYING:
+                request.deadline_s = now  # it acts when the attempt returns (P5)
+
+    def set_policy(self, policy: Policy, now: float) -> Step:
+        """An operator: other timeouts or another interval. Deadlines that there are move; who is past it is given up."""
+        self.policy = policy
+        self._deadlines.clear()
+        for request in (*self._trying.values(), *self.waiting):
+            if request.deadline_s is not None:
+                self._set_deadline(request)
+        if self.sick:
+            self._tick_s = min(self._tick_s, now + policy.interval_s)
+        return self.tick(now)
 
     def end(self, now: float) -> Step:
         """An operator: answer every request of a sick image. Writes in flight end when their attempt returns (P5)."""
@@ -488,8 +532,12 @@ class RehandleList:
         """Give *request* its deadline. One that may not be held does not wait longer than an interval for its turn."""
         if request.deadline_s is not None:
             return
+        request.limited_s = now
+        self._set_deadline(request)
+
+    def _set_deadline(self, request: Request) -> None:
         wait_s = self.policy.timeout_s[request.op] if self._may_hold(request) else self.policy.interval_s
-        request.deadline_s = now + wait_s
+        request.deadline_s = request.limited_s + wait_s
         if wait_s != math.inf:
             heapq.heappush(self._deadlines, (request.deadline_s, request.seq, request))
 
@@ -542,6 +590,7 @@ class RehandleList:
         hang = self._the_hang
         if not self.held:
             self._hang = None
+            self._draining = False
             if not self.timed_out:
                 self._tick_s = math.inf
                 self.gate_open = True
@@ -562,6 +611,7 @@ class RehandleList:
         """An attempt that began at *started_s* has succeeded: open the gate, and try again what failed before it."""
         self._success_s = max(self._success_s, started_s)
         self.gate_open = True
+        self._draining = False
         if self.timed_out:
             self._leave_timed_out(now, step)
         for queue in (self._idle, self._stubborn) if everyone else (self._idle,):
@@ -589,11 +639,11 @@ class RehandleList:
                 overdue.append(request)
         return overdue
 
-    def _give_up(self, request: Request, now: float, step: Step) -> None:
-        """Answer *request* with `timeout_errno`; the image's first give-up makes it timed out."""
+    def _give_up(self, request: Request, now: float, step: Step, errno: int | None = None) -> None:
+        """Answer *request* with *errno*, or `timeout_errno`; the image's first give-up makes it timed out."""
         if self._trying.pop(request.seq, None) is not None:
             self._abandoned += 1
-        self._answer(request, self.policy.timeout_errno, now)
+        self._answer(request, self.policy.timeout_errno if errno is None else errno, now)
         step.woken.append(request)
         if not self.timed_out:
             self.timed_out = True

@@ -28,6 +28,7 @@ from iohang_fuse.engine import Abandoned, Engine, Transfer
 from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
 from iohang_fuse.ordering import Fences
 from iohang_fuse.rehandle import NOTHING, HeldBytes, Policy, RehandleList, Request, State, Step
+from iohang_fuse.ring import LARGE_BYTES
 from iohang_fuse.source import NotTheSame, Where
 from iohang_fuse.writelog import SAMPLES, WriteLog
 
@@ -183,6 +184,9 @@ class Requests:
         self.images: dict[int, Image] = {}
         self.handles: dict[int, Handle] = {}
         self.holding = True
+        self.others_wait: Callable[[], bool] = (
+            _never  # whether requests come more than one at a time; where there is a ring
+        )
 
     async def serve(self, nursery: trio.Nursery) -> None:
         """Watch for attempts that do not return; timers run in *nursery* while an image is sick. Never returns."""
@@ -254,7 +258,13 @@ class Requests:
         """Up to *size* bytes at *offset*. Raises OSError when it was given up or its error is passed on."""
         image, backing = handle.image, handle.backing
         written = image.log
-        if backing.reads_cached and not backing.failures and image.held.may_read_at_once(offset, offset + size):
+        if (
+            backing.reads_cached
+            and not backing.failures
+            # Of several large ones at once, the kernel's threads can copy one while the loop answers another.
+            and not (size > LARGE_BYTES and backing.large_reads_on_ring and (handle.in_use or self.others_wait()))
+            and image.held.may_read_at_once(offset, offset + size)
+        ):
             cached = backing.read_cached(offset, size)
             if cached is not None:
                 if written.end > offset:
@@ -701,6 +711,45 @@ class Requests:
         }
         return {name: count for name, count in found.items() if count}
 
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Tell *listener*, too, of what happens to images."""
+        self._listeners.append(listener)
+
+    @property
+    def policy(self) -> Policy:
+        """For images that are opened from now on."""
+        return self._policy
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held in all, against `held_limit`."""
+        return self._held_bytes.held
+
+    def retry(self, image: Image) -> None:
+        """An operator: try what is held now."""
+        self._apply(image, image.held.retry(trio.current_time()))
+
+    def drain(self, image: Image) -> None:
+        """An operator: try what is held now, and if that fails answer it with its error."""
+        self._apply(image, image.held.drain(trio.current_time()))
+
+    def fail(self, image: Image) -> None:
+        """An operator: answer what is held, now; writes inside a system call once they return (P5)."""
+        self._apply(image, image.held.end(trio.current_time()))
+
+    def set_holding(self, image: Image, *, on: bool) -> None:
+        """An operator: whether failures are held from now on."""
+        image.held.holding = on
+        self._apply(image, image.held.tick(trio.current_time()))
+
+    def set_policy(self, image: Image, policy: Policy) -> None:
+        """An operator: other timeouts, or another interval."""
+        self._apply(image, image.held.set_policy(policy, trio.current_time()))
+
+    def set_policy_of_new_images(self, policy: Policy) -> None:
+        """An operator: for those that are opened from now on."""
+        self._policy = policy
+
     def hold_no_more(self) -> None:
         """The end of the server: answer what is held, and pass every later error on."""
         self.holding = False
@@ -806,6 +855,10 @@ class Requests:
                 success = True
             handle.returned()
         self._apply(image, image.held.probed(started_s, trio.current_time(), success=success))
+
+
+def _never() -> bool:
+    return False
 
 
 def _on_two_mounts(one: Backing, other: Backing) -> bool:

@@ -145,8 +145,15 @@ def test_help_shows_each_option_with_its_default(program: str, capsys, monkeypat
     for key, default, meaning in config.option_table():
         row = next(line for line in text.splitlines() if line.startswith(f"  {key} "))
         assert meaning in row
-        assert default in row or default == config.TRANSIENT
-    for said in ("up to a minute", "every five seconds", "EIO, ETIMEDOUT", "32 mount failure", "allow_other"):
+        assert default in row or default in {config.TRANSIENT, config.MONITOR}
+    for said in (
+        "up to a minute",
+        "every five seconds",
+        "EIO, ETIMEDOUT",
+        config.MONITOR,
+        "32 mount failure",
+        "allow_other",
+    ):
         assert said in " ".join(text.split())
     assert ("fake" in text) == (program == "mount.iohang")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -13,9 +13,6 @@ from hypothesis import strategies as st
 
 from iohang_fuse import config
 from iohang_fuse.config import Config, ConfigError, load
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DESIGN_ERRORS = (
     "EIO ETIMEDOUT ESTALE ENOTCONN ECONNRESET ECONNREFUSED ECONNABORTED ENETDOWN ENETUNREACH EHOSTDOWN"
@@ -356,12 +353,24 @@ def test_all_problems_at_once(yaml) -> None:
 
 def test_what_has_not_landed_is_not_silently_ignored(yaml) -> None:
     """An option of a later version is accepted only with the value that is true of this one."""
-    assert settings("monitor=none,metrics=none") == settings()
-    assert settings(file=yaml("monitor: none\nmetrics: none\n")) == settings()
-    for option in ("monitor=/run/x.sock", "metrics=localhost:9000"):
+    assert settings("metrics=none") == settings()
+    assert settings(file=yaml("metrics: none\n")) == settings()
+    for option in ("metrics=localhost:9000",):
         key, value = option.split("=")
         assert problem(option).startswith(f"option {key}: this version does not have '{value}' yet; say ")
         assert f":1: {key}: this version does not" in problem(file=yaml(f"{key}: {value}"))
+
+
+def test_monitor() -> None:
+    """Design: `/run/iohang/<mount point, '/' as '-'>.sock`; a path of one's own, or none."""
+    assert str(config.socket_of(Path("/mnt/iohang/a"))) == "/run/iohang/mnt-iohang-a.sock"
+    assert str(config.socket_of(Path("/"))) == "/run/iohang/root.sock"
+    assert settings().monitor_path == config.socket_of(settings().mountpoint)
+    assert settings("monitor=none").monitor_path is None
+    assert str(settings("monitor=/run/x.sock").monitor_path) == "/run/x.sock"
+    assert "longer than a socket's name may be (107 bytes)" in problem(f"monitor=/run/{'x' * 103}")
+    assert settings("monitor_group=root").monitor_group == "root"
+    assert "'nobody-has-this' is no group here" in problem("monitor_group=nobody-has-this")
 
 
 def test_write_log() -> None:
@@ -429,7 +438,7 @@ def test_the_file_is_named_by_an_argument_or_an_option(yaml, tmp_path: Path) -> 
         ("config: /etc/x\n", 1, "config: a configuration file cannot name another; leave it out"),
         ("[a]: 1\n", 1, "'?' is an unknown key; see iohang-mount --help"),
         ("source: /srv\n", 1, "source is an unknown key; see iohang-mount --help"),
-        ("mount_words: [ro]\n", 1, "mount_words is an unknown key; see iohang-mount --help"),
+        ("mount_words: [ro]\n", 1, "mount_words is an unknown key; the nearest is 'monitor'"),
         ("\ntimeout:\n", 2, "timeout has no value; give it one, or leave it out"),
         ("timeout: ~\n", 1, "timeout has no value; give it one, or leave it out"),
         ("log: ''\n", 1, "log has no value; give it one, or leave it out"),
