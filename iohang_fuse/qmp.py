@@ -22,7 +22,8 @@ MESSAGE_BYTES = 64 << 10
 """One message of a client. The longest that makes sense has a file's name in it, of 4 KiB."""
 
 _STRUCTURE = re.compile(rb'["\\{}\[\]]')
-_SPACE = b" \t\r\n"
+_SPACES = re.compile(rb"[ \t\r\n]*")
+_END_OF_GARBAGE = re.compile(rb"[ \t\r\n{\[]")
 
 
 class QmpError(Exception):
@@ -78,8 +79,8 @@ class _Stream:
 
     def _next(self) -> bytes | None:
         if not self.depth:
-            del self.pending[: len(self.pending) - len(self.pending.lstrip(_SPACE))]
-            self.scanned = 0
+            if not self.scanned:
+                del self.pending[: _SPACES.match(self.pending).end()]  # type: ignore[union-attr]  # of nothing, at least
             if self.pending and self.pending[0] not in b"{[":
                 return self._garbage()
         while (match := _STRUCTURE.search(self.pending, self.scanned)) is not None:
@@ -107,7 +108,8 @@ class _Stream:
         return False
 
     def _garbage(self) -> bytes | None:
-        match = re.search(rb"[\s{\[]", self.pending)
+        match = _END_OF_GARBAGE.search(self.pending, self.scanned)
+        self.scanned = len(self.pending)
         return None if match is None else self._cut(match.start())
 
     def _cut(self, end: int) -> bytes:

@@ -107,6 +107,7 @@ class Request:
     held: bool = False
     freed: bool = False  # a success of another has let it try again, and it has not yet
     stubborn: bool = False
+    drained: bool = False  # its next failure is its answer
     uncertain: bool = False  # a write of which an attempt has failed in a way that may still reach the file
     turn: Turn[Request] | None = None  # its place in the order
     answer: int | None = None  # the errno to answer, once ENDED by a give-up
@@ -299,6 +300,8 @@ class RehandleList:
         request.uncertain |= errno in self.policy.errors
         if errno not in self.policy.errors or not self._may_hold(request):
             self._pass_on(request, errno, now, step)
+            if self._draining:
+                self._end_drain(now, step)
             self._pump(now, step)
             return step
 
@@ -307,7 +310,7 @@ class RehandleList:
         request.stubborn = request.stubborn or request.freed
         request.freed = False
         if request.deadline_s is not None and now >= request.deadline_s:
-            self._give_up(request, now, step)
+            self._give_up(request, now, step, errno if request.drained else None)
         elif self.timed_out and not request.held:
             self._answer(request, self.policy.timeout_errno, now)
         elif request.held or self._hold(request, now, step):
@@ -415,7 +418,7 @@ class RehandleList:
             if request.state is State.WAITING or request.op is Op.READ:
                 self._give_up(request, now, step, errno)
             elif request.state is State.TRYING:
-                request.deadline_s = now  # it acts when the attempt returns (P5)
+                request.deadline_s, request.drained = now, True  # it acts when the attempt returns (P5)
 
     def set_policy(self, policy: Policy, now: float) -> Step:
         """An operator: other timeouts or another interval. Deadlines that there are move; who is past it is given up."""

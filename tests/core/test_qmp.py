@@ -146,6 +146,7 @@ def test_pieces_make_no_difference(sizes: list[int], count: int) -> None:
         (b"[1]", "GenericError", "must be a JSON object"),
         (b"hello ", "GenericError", "expecting an object and not 'hello'"),
         (b"} ", "GenericError", "expecting an object"),
+        (b"\x0b\x0c\x85 ", "GenericError", "expecting an object"),  # spaces to Python, not to JSON
         (b"[" * 5000 + b"]" * 5000, "GenericError", ""),
         (b'{"a": ' + b"9" * 5000 + b"}", "GenericError", ""),
     ],

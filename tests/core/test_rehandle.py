@@ -376,6 +376,71 @@ def test_ending_the_requests_of_a_healthy_image_ends_nothing() -> None:
     assert world.events == []
 
 
+def test_a_drain_that_fails_answers_all_with_their_errors() -> None:
+    """Section 2: "if they fail all of the image's held requests are answered with their errors", and not `timeout_errno`."""
+    world = World(policy(math.inf, timeout_errno=ENOSPC), Storage(errno=lambda _r, _now: errno.ETIMEDOUT))
+    requests = [world.arrive(op) for op in (Op.WRITE, Op.READ) * 20]
+    world.run(1)
+    before = world.attempts
+    world.do(world.held.drain(world.now))
+    assert world.attempts - before == 4, "through the gate"
+    assert not world.answers
+    world.run(1)
+    assert {answer for _, answer in world.answers.values()} == {errno.ETIMEDOUT}
+    assert len(world.answers) == len(requests)
+    assert world.edges == "(!)"
+
+
+def test_a_drain_that_succeeds_answers_nobody_with_an_error() -> None:
+    """Section 2: "the oldest held requests are tried at once, through the gate; if they succeed so are the others"."""
+    world = World(policy(math.inf), Storage(errno=out_until(102)))
+    requests = [world.arrive(Op.WRITE) for _ in range(40)]
+    world.run(2)
+    world.do(world.held.drain(world.now))
+    world.run(0.5)
+    assert [world.answers[request.seq][1] for request in requests] == [0] * 40
+    assert world.edges == "()"
+    again = world.arrive(Op.WRITE)
+    world.storage.errno = fails_always
+    later = world.arrive(Op.WRITE)
+    world.run(1)
+    assert (again.state, later.state) == (State.ENDED, State.WAITING), "what fails later is held as ever"
+
+
+def test_a_drain_behind_attempts_that_do_not_return_ends_what_can_be_ended() -> None:
+    """P8, P5: nothing can be tried, so it fails; writes inside a system call are answered when that returns."""
+    world = World(policy(math.inf), Storage(takes_s=takes(50), errno=fails_always))
+    writes = [world.arrive(Op.WRITE) for _ in range(4)]
+    world.run(10)
+    late = [world.arrive(Op.READ) for _ in range(10)]
+    world.run(1)
+    world.do(world.held.drain(world.now))
+    assert {world.answers[request.seq] for request in late} == {(111, EIO)}
+    assert not any(request.seq in world.answers for request in writes)
+    world.run(60)
+    assert [world.answers[request.seq] for request in writes] == [(150, EIO)] * 4
+
+
+def test_a_deadline_that_an_operator_moves_counts_from_where_it_counted() -> None:
+    """io-hang-set: longer, for ever, and back; who is past it by then is given up at once."""
+    world = World(policy(60), Storage(errno=fails_always))
+    request = world.arrive(Op.WRITE)
+    read = world.arrive(Op.READ)
+    world.run(50)
+    world.do(world.held.set_policy(policy(60, write_s=math.inf), world.now))
+    world.run(20)
+    assert world.answers[read.seq] == pytest.approx((160.01, EIO))
+    world.run(1000)
+    assert request.state is not State.ENDED
+    world.do(world.held.set_policy(policy(1100), world.now))
+    world.run(29)
+    assert request.state is not State.ENDED
+    world.run(2)
+    assert world.answers[request.seq] == pytest.approx((1200.01, EIO))
+    world.do(world.held.set_policy(policy(5, interval_s=1), world.now))
+    assert world.held.next_tick_s <= world.now + 1
+
+
 def test_without_holding_errors_are_passed_on() -> None:
     """The end of the server: holding is off, so every later error is passed on as it is; deadlines stay."""
     world = World(storage=Storage(errno=fails_always))

@@ -6,6 +6,7 @@ After every step it checks what must hold always; the rules themselves check wha
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import os
@@ -153,7 +154,7 @@ class Machine(RuleBasedStateMachine):
                 return
         if errno is not None and was_timed_out and request.answer == self.policy.timeout_errno:
             return  # a new failure in the timed-out state; for held ones see *still_held*
-        if self.operator:
+        if self.operator or request.drained:
             return
         if timeout_s == 0 or not self.held.holding:
             assert errno is None, "what may not be held gets its own error"
@@ -210,9 +211,14 @@ class Machine(RuleBasedStateMachine):
             assert request.answer is None
         else:
             was_held, was_timed_out = request.held, self.held.timed_out
+            self.operator = draining = self.held._draining
             due = request.deadline_s is not None and self.now >= request.deadline_s
             self.first_wait_s.setdefault(seq, self.now)
             self.take(self.held.failed(request, outcome, self.now), request, outcome)
+            self.operator = False
+            if draining:
+                self.drained()
+                return
             if was_timed_out and not was_held and outcome == EIO:
                 assert request.state is State.ENDED, "section 4: new failures are answered at once"
             if was_held and outcome == EIO and not due and self.held.holding:
@@ -303,6 +309,45 @@ class Machine(RuleBasedStateMachine):
         self.take(self.held.retry(self.now))
         in_queue = {id(request) for request in self.held._unstarted()}
         assert all(id(r) in in_queue for r in self.live.values() if r.state is State.WAITING)
+
+    @rule()
+    def drain(self) -> None:
+        """io-hang-drain: whatever is in flight decides, and where nothing is, it is decided."""
+        self.operator = True
+        held = bool(self.held.held)
+        self.take(self.held.drain(self.now))
+        self.operator = False
+        if held and not self.held._draining:
+            self.drained()
+        if self.held._draining:
+            assert self.held.held
+            assert self.held.trying
+
+    def drained(self) -> None:
+        """An end was made of what was held: what is left is inside a system call that has to return (P5)."""
+        assert not self.held._draining
+        for request in self.held.held.values():
+            assert request.state is State.TRYING
+            assert request.op is not Op.READ
+            assert request.drained
+            self.deadlines[request.seq] = self.now
+
+    @rule(
+        reads=st.sampled_from([0, 1, 30, math.inf]),
+        writes=st.sampled_from([2, 60, math.inf]),
+        interval_s=st.sampled_from([0.5, 5]),
+    )
+    def set(self, reads: float, writes: float, interval_s: float) -> None:
+        """io-hang-set: a deadline counts from where it counted, and who is past it is given up."""
+        self.policy = dataclasses.replace(
+            self.policy, timeout_s={Op.READ: reads, Op.WRITE: writes, Op.FSYNC: writes}, interval_s=interval_s
+        )
+        limited = {r.seq: r.limited_s for r in self.live.values() if r.deadline_s is not None}
+        for seq, limited_s in limited.items():
+            timeout_s = self.policy.timeout_s[self.live[seq].op]
+            self.deadlines[seq] = limited_s + (timeout_s if timeout_s and self.held.holding else interval_s)
+        self.take(self.held.set_policy(self.policy, self.now))
+        self.check_deadlines()
 
     @rule()
     def end(self) -> None:
