@@ -44,7 +44,10 @@ def end(image: str = "a.img") -> HangEnded:
     return HangEnded(image, 5, trio.current_time(), 1.0, 1, 1, 0, 0)
 
 
-async def test_each_hang_is_told_of_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_each_hang_is_told_of_once(
+    tmp_path: Path,
+    autojump_clock: MockClock,  # noqa: ARG001 - pytest-trio looks for it here
+) -> None:
     """P9: "A hang gives one begin event and one end event", with image, errno, count and times."""
     ear = Ear()
     told = monitor(tmp_path, ear)
@@ -60,7 +63,9 @@ async def test_each_hang_is_told_of_once(tmp_path: Path, autojump_clock: MockClo
 
 
 async def test_what_flaps_is_told_of_less_often(
-    tmp_path: Path, nursery: trio.Nursery, autojump_clock: MockClock
+    tmp_path: Path,
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,  # noqa: ARG001 - pytest-trio looks for it here
 ) -> None:
     """Issue: "limited in rate per image when storage flaps": what is left out is counted, and the last word is always told."""
     ear = Ear()
