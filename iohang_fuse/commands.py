@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from iohang_fuse import limits
 from iohang_fuse.config import nearest, parse_span
 from iohang_fuse.events import Op
-from iohang_fuse.limits import effective_interval
 from iohang_fuse.messages import errno_name
 from iohang_fuse.qmp import Argument, QmpError, string
 from iohang_fuse.rehandle import State
@@ -78,6 +78,9 @@ ARGUMENTS: Mapping[str, Mapping[str, Argument]] = {
 }
 """By command, what it takes."""
 
+_LASTING = {"io-hang-pause", "io-hang-unpause", "io-hang-set"}
+"""What is said of all images is true of those that are opened later, too."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class About:
@@ -102,12 +105,13 @@ class Commands:
     def call(self, name: str, arguments: Mapping[str, Any]) -> object:
         """Make one of `ARGUMENTS`. Raises QmpError where there is no such image."""
         method: Callable[..., object] = getattr(self, "_" + name.replace("-", "_"))
-        given = dict(arguments)
-        if "image" in ARGUMENTS[name]:
-            return method(
-                self._images(given.pop("image", None)), **{key.replace("-", "_"): value for key, value in given.items()}
-            )
-        return method()
+        given = {key.replace("-", "_"): value for key, value in arguments.items()}
+        if "image" not in ARGUMENTS[name]:
+            return method()
+        image = given.pop("image", None)
+        if name in _LASTING:
+            given["for_all"] = image is None
+        return method(self._images(image), **given)
 
     def _images(self, name: str | None) -> list[Image]:
         images = [*self._requests.images.values()]
@@ -178,14 +182,14 @@ class Commands:
                 done.append({"image": image.held.image, "requests": before, "held": len(image.held.held)})
         return done
 
-    def _io_hang_pause(self, images: list[Image]) -> object:
-        return self._set_holding(images, on=False)
+    def _io_hang_pause(self, images: list[Image], *, for_all: bool) -> object:
+        return self._set_holding(images, on=False, for_all=for_all)
 
-    def _io_hang_unpause(self, images: list[Image]) -> object:
-        return self._set_holding(images, on=True)
+    def _io_hang_unpause(self, images: list[Image], *, for_all: bool) -> object:
+        return self._set_holding(images, on=True, for_all=for_all)
 
-    def _set_holding(self, images: list[Image], *, on: bool) -> object:
-        if len(images) == len(self._requests.images):  # all: those, too, that are opened from now on
+    def _set_holding(self, images: list[Image], *, on: bool, for_all: bool) -> object:
+        if for_all:
             self._requests.holding = on
         changed = []
         for image in images:
@@ -195,11 +199,11 @@ class Commands:
             self._requests.set_holding(image, on=on)
         return changed
 
-    def _io_hang_set(self, images: list[Image], **given: float) -> object:
+    def _io_hang_set(self, images: list[Image], *, for_all: bool, **given: float) -> object:
         if not given:
             raise QmpError(f"nothing to set; say one of {', '.join(sorted({'interval', *_TIMEOUTS}))}")
-        of_all = len(images) == len(self._requests.images)
-        if of_all:
+        _check_against_the_kernel(given)
+        if for_all:
             self._requests.set_policy_of_new_images(_changed(self._requests.policy, given))
         done = []
         for image in images:
@@ -216,6 +220,21 @@ class Commands:
         return {}
 
 
+def _check_against_the_kernel(given: Mapping[str, float]) -> None:
+    """What would be refused at the start is refused now, too: the kernel would end the whole mount."""
+    timeouts = [seconds for name, seconds in given.items() if name != "interval" and seconds]
+    found = limits.problems(
+        limits.read_system(),
+        timeout_s=max(timeouts, default=0),
+        shortest_timeout_s=0,
+        interval_s=SHORTEST_INTERVAL_S,
+        max_background=1,
+    )
+    fatal = [problem.text for problem in found if problem.fatal]
+    if fatal:
+        raise QmpError("; ".join(fatal))
+
+
 def _changed(policy: Policy, given: Mapping[str, float]) -> Policy:
     timeouts = dict(policy.timeout_s)
     for key in ("timeout", *_TIMEOUTS):  # the one for all first: what is said of one kind is more
@@ -223,7 +242,7 @@ def _changed(policy: Policy, given: Mapping[str, float]) -> Policy:
         if value is not None:
             timeouts |= dict.fromkeys(_TIMEOUTS[key], value)
     shortest_s = min((each for each in timeouts.values() if each > 0), default=math.inf)
-    interval_s = effective_interval(shortest_s, given.get("interval", policy.interval_s))
+    interval_s = limits.effective_interval(shortest_s, given.get("interval", policy.interval_s))
     return dataclasses.replace(policy, timeout_s=timeouts, interval_s=interval_s)
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -46,7 +48,11 @@ class Problem(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    given = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        given = _parser().parse_args(words)
+    except SystemExit as end:
+        return UNKNOWN if end.code and "check" in words else int(end.code or 0)
     try:
         return asyncio.run(_run(given))
     except Problem as problem:
@@ -99,8 +105,8 @@ def find_socket(given: argparse.Namespace) -> Path:
         return Path(given.socket)
     if given.mountpoint:
         # Not resolved by the kernel: a mount whose server is gone answers nothing.
-        return socket_of(Path(os.path.abspath(given.mountpoint)))
-    found = sorted(RUN.glob("*.sock"))
+        return socket_of(Path(_real(given.mountpoint)))
+    found = sorted(path for path in RUN.glob("*.sock") if _listens(path))
     if len(found) == 1:
         return found[0]
     if not found:
@@ -108,6 +114,19 @@ def find_socket(given: argparse.Namespace) -> Path:
     raise Problem(
         f"several mounts have a monitor; say which one with -m DIRECTORY: {', '.join(path.stem for path in found)}"
     )
+
+
+def _listens(path: Path) -> bool:
+    """Whether a server does: one that was killed leaves its socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # noqa: FBT003 - one that does not accept is alive, too
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+        return True
 
 
 async def _run(given: argparse.Namespace) -> int:
@@ -123,11 +142,29 @@ async def _run(given: argparse.Namespace) -> int:
             f"{path}: no answer within {ANSWER_S:g} s; the server is stuck: see its log, and its stack with py-spy"
         ) from None
     try:
+        if given.mountpoint:
+            await _check_mountpoint(client, path, _real(given.mountpoint))
         return await _do(client, given)
     except QMPError as error:
         raise Problem(f"{path}: the connection broke: {error}") from None
     finally:
-        await client.disconnect()
+        with contextlib.suppress(Exception):  # it raises what has ended the connection, which is said already
+            await client.disconnect()
+
+
+def _real(mountpoint: str) -> str:
+    """As the mount table has it. The mount itself is not asked: it may hang."""
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    return os.path.join(os.path.realpath(parent), name)
+
+
+async def _check_mountpoint(client: QMPClient, path: Path, wanted: str) -> None:
+    """Two mount points may have the same socket's name: /mnt/a-b and /mnt/a/b."""
+    serves = (await _ask(client, "query-status"))["mountpoint"]
+    if serves != wanted:
+        raise Problem(
+            f"{path} is the monitor of {serves}, not of {wanted}; mount that with monitor=FILE, and say -s FILE"
+        )
 
 
 async def _ask(client: QMPClient, command: str, arguments: Mapping[str, object] | None = None) -> Any:
@@ -155,7 +192,7 @@ async def _do(client: QMPClient, given: argparse.Namespace) -> int:
         answer = await _ask(client, "io-hang-set", _settings(given.what))
     else:
         command = {"list": "query-io-hang", "held": "query-held"}.get(verb, f"io-hang-{verb}")
-        answer = await _ask(client, command, {"image": given.image} if given.image else {})
+        answer = await _ask(client, command, {"image": given.image} if given.image is not None else {})
     if given.json:
         _show_json(answer)
     else:
@@ -300,7 +337,8 @@ def _event(event: Mapping[str, Any]) -> str:
                 f"{data['given-up']} given up, {data['passed-on']} passed on"
             )
         case "BLOCK_IO_HANG_TIMEOUT", True:
-            return f"{data['image']}: timed out: a {data['op']} was given up ({data['errno']}); {data['held']} more are held"
+            error = data["errno"] or "no answer from the storage"
+            return f"{data['image']}: timed out: a {data['op']} was given up ({error}); {data['held']} more are held"
         case "BLOCK_IO_HANG_TIMEOUT", False:
             return f"{data['image']}: works again"
         case "SHUTDOWN", _:

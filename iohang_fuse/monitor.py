@@ -40,10 +40,13 @@ MOST_CLIENTS = 200
 """At once. Each costs two tasks and a descriptor; who comes then waits."""
 
 BURST, PER_S = 20, 1.0
-"""Events of one image: so many at once, and so many a second in the long run. When storage flaps, what is left out is counted in
-the next one that is sent, and the last one is never left out."""
+"""Events of one kind and image: so many at once, and so many a second in the long run. When storage flaps, what is left out is
+counted in the next one that is sent, and the last one is never left out."""
 
 _RECEIVE_BYTES = 16 << 10
+
+_PAUSE_S = 0.001
+"""After each command of a client: an answer may take some milliseconds to make, and guests have their turn in between (P7)."""
 
 
 class _Client:
@@ -76,7 +79,7 @@ class _Client:
                     while not self.session.ended and (data := await self._stream.receive_some(_RECEIVE_BYTES)):
                         for item in self.session.feed(data):
                             self.send(item if isinstance(item, bytes) else self._answered(item, call))
-                            await trio.lowlevel.checkpoint()  # others have their turn between two commands
+                            await trio.sleep(_PAUSE_S)
                     if self._unread:  # the last words of a connection that ends
                         with trio.move_on_after(1):
                             await self._all_sent.wait()
@@ -133,8 +136,9 @@ class Monitor:
         self._commands = commands
         self._version = version
         self._clients: set[_Client] = set()
-        self._throttles: dict[str, _Throttle] = {}
+        self._throttles: dict[tuple[str, str], _Throttle] = {}  # by image and event
         self._socket: socket.socket | None = None
+        self._identity = (0, 0)
 
     def bind(self, group: str | None) -> None:
         """Make the socket, for root and *group*. Raises OSError, or LookupError if there is no such group.
@@ -143,7 +147,9 @@ class Monitor:
         """
         if len(os.fsencode(self._path)) > LONGEST_SOCKET:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not self._path.parent.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.chmod(0o755)  # whatever the umask is: the group has to come through
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             try:
@@ -153,15 +159,16 @@ class Monitor:
                     raise
                 self._path.unlink()
                 sock.bind(str(self._path))
+            self._socket, self._identity = sock, _identity(self._path)
             if group is not None:
                 shutil.chown(self._path, group=group)
             self._path.chmod(MODE)  # before it listens: nobody has come in by then
             sock.listen(64)
         except BaseException:
+            self.close()
             sock.close()
             raise
         sock.setblocking(False)  # noqa: FBT003
-        self._socket = sock
 
     async def serve(self) -> None:
         """Never returns; leaves no socket behind."""
@@ -172,6 +179,8 @@ class Monitor:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send_what_waits)
                 while True:
+                    if not room.value:
+                        log.warning("monitor: %d clients at once; the next ones wait until some go", MOST_CLIENTS)
                     await room.acquire()
                     try:
                         stream = await listener.accept()
@@ -187,10 +196,11 @@ class Monitor:
     def close(self) -> None:
         """Nobody comes in any more."""
         if self._socket is not None:
+            with contextlib.suppress(OSError):
+                if _identity(self._path) == self._identity:  # and not that of the next server, which took the name over
+                    self._path.unlink()
             self._socket.close()
             self._socket = None
-            with contextlib.suppress(OSError):
-                self._path.unlink()
 
     async def _serve_client(self, stream: trio.SocketStream, room: trio.Semaphore) -> None:
         client = _Client(stream, Session(ARGUMENTS, self._version, "iohang-fuse"))
@@ -216,12 +226,12 @@ class Monitor:
         if said is None:
             return
         name, data = said
-        throttle = self._throttles.setdefault(event.image, _Throttle())
+        throttle = self._throttles.setdefault((event.image, name), _Throttle())
+        throttle.left_out += throttle.waiting is not None
         if throttle.take(event.at_s):
             throttle.waiting = None
             self._send(throttle, name, data, time.time())
         else:
-            throttle.left_out += throttle.waiting is not None
             throttle.waiting = name, data, time.time()
 
     def shut_down(self, reason: str) -> None:
@@ -232,13 +242,13 @@ class Monitor:
     async def _send_what_waits(self) -> None:
         while True:
             await trio.sleep(1 / PER_S)
-            for image, throttle in [*self._throttles.items()]:
+            for key, throttle in [*self._throttles.items()]:
                 if throttle.waiting is not None and throttle.take(trio.current_time()):
                     name, data, at_s = throttle.waiting
                     throttle.waiting = None
                     self._send(throttle, name, data, at_s)
                 elif throttle.waiting is None and trio.current_time() - throttle.at_s > BURST / PER_S:
-                    del self._throttles[image]  # as good as new
+                    del self._throttles[key]  # as good as new
 
     def _send(self, throttle: _Throttle, name: str, data: dict[str, object], at_s: float) -> None:
         if throttle.left_out:
@@ -269,6 +279,11 @@ def _said(event: Event) -> tuple[str, dict[str, object]] | None:
                 "held": event.held,
             }  # fmt: skip
     return None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 def _is_alive(path: Path) -> bool:

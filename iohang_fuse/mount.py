@@ -209,6 +209,13 @@ class _Server:
 
     async def run(self) -> int:
         """Mount, serve until unmounted. Raises `Refusal` if the mount fails."""
+        try:
+            return await self._run()
+        finally:
+            if self._monitor is not None:
+                self._monitor.close()
+
+    async def _run(self) -> int:
         config = self._config
         os.umask(0)  # the kernel has applied the caller's
         try:
@@ -242,13 +249,9 @@ class _Server:
                 if self._monitor is not None:
                     nursery.start_soon(self._monitor.serve)
                 await receiver.main()
-                if self._monitor is not None:
-                    self._monitor.shut_down("unmounted")
-                    await trio.sleep(0.05)  # for the word to go out
+                await self._say_goodbye("unmounted")
                 nursery.cancel_scope.cancel()
         finally:
-            if self._monitor is not None:
-                self._monitor.close()
             # Never unmount here. After umount(8) there is nothing to do; after a crash the mount must stay in the way
             # (ENOTCONN), or QEMU would write into the bare directory beneath.
             pyfuse3.close(unmount=False)
@@ -296,6 +299,7 @@ class _Server:
                 # A terminal that hangs up asks once; it does not insist.
                 asked += number != signal.SIGHUP
                 if asked > 2 and self._detached:
+                    await self._say_goodbye("detached")
                     _end_now(nursery)
                 elif not self._detached:
                     await self._unmount(signal.Signals(number).name, nursery, insist=asked > 1)
@@ -347,7 +351,13 @@ class _Server:
                 await trio.sleep(1)
                 if not self._requests.writes_in_flight():
                     break
+        await self._say_goodbye("detached")
         _end_now(nursery)
+
+    async def _say_goodbye(self, why: str) -> None:
+        if self._monitor is not None:
+            self._monitor.shut_down(why)
+            await trio.sleep(0.05)  # for the word to go out
 
     # ---- what the log gets
 

@@ -107,7 +107,8 @@ class Request:
     held: bool = False
     freed: bool = False  # a success of another has let it try again, and it has not yet
     stubborn: bool = False
-    drained: bool = False  # its next failure is its answer
+    drained: bool = False  # by an operator: its next failure is its answer
+    ended: bool = False  # by an operator: no other word of his moves its deadline
     uncertain: bool = False  # a write of which an attempt has failed in a way that may still reach the file
     turn: Turn[Request] | None = None  # its place in the order
     answer: int | None = None  # the errno to answer, once ENDED by a give-up
@@ -174,7 +175,7 @@ class RehandleList:
         self._limit_reported_s = -math.inf
         self._tick_s = math.inf  # when the timer is due next
         self._probing = False
-        self._draining = False  # an operator wants an end of what is held, one way or the other
+        self._drained_s = math.inf  # since when an operator wants an end of what is held, one way or the other
         self._hang: _Hang | None = None
 
     # ---- what the shell asks
@@ -300,11 +301,10 @@ class RehandleList:
         request.uncertain |= errno in self.policy.errors
         if errno not in self.policy.errors or not self._may_hold(request):
             self._pass_on(request, errno, now, step)
-            if self._draining:
-                self._end_drain(now, step)
             self._pump(now, step)
             return step
 
+        was_held = request.held
         self.errno, self.offset = errno, request.offset
         closes_gate = request.started_s >= self._success_s and not request.stubborn
         request.stubborn = request.stubborn or request.freed
@@ -320,7 +320,7 @@ class RehandleList:
             self._answer(request, errno, now)
         if closes_gate and self.sick:
             self.gate_open = False
-        if self._draining:
+        if request.started_s >= self._drained_s and was_held:
             self._end_drain(now, step)
         self._pump(now, step)
         return step
@@ -351,6 +351,7 @@ class RehandleList:
         """The timer: give up what is overdue, and let the held requests try again."""
         step = Step()
         self._notice_blocked(now, step)
+        self._end_drain_behind_what_blocks(now, step)
         for request in self._overdue(now):
             if request.held or self._may_hold(request):
                 self._give_up(request, now, step)
@@ -403,29 +404,41 @@ class RehandleList:
         """
         step = Step()
         if self.held:
-            self._draining = True
+            self._drained_s = now
             while failed := self._longer_waiting():
                 self._ready_again(failed.popleft(), oldest_first=True)
             self._pump(now, step)
-            if all(now - request.started_s >= self.policy.blocked_after_s for request in self._trying.values()):
-                self._end_drain(now, step)
+            self._end_drain_behind_what_blocks(now, step)
         return step
 
+    def _end_drain_behind_what_blocks(self, now: float, step: Step) -> None:
+        if self._drained_s < math.inf and all(
+            now - request.started_s >= self.policy.blocked_after_s for request in self._trying.values()
+        ):
+            self._end_drain(now, step)
+
     def _end_drain(self, now: float, step: Step) -> None:
-        self._draining = False
+        self._drained_s = math.inf
         for request in [*self.held.values()]:
             errno = request.errno or self.errno or self.policy.timeout_errno
             if request.state is State.WAITING or request.op is Op.READ:
                 self._give_up(request, now, step, errno)
             elif request.state is State.TRYING:
-                request.deadline_s, request.drained = now, True  # it acts when the attempt returns (P5)
+                request.drained = True
+                self._end_on_return(request, now)
+
+    @staticmethod
+    def _end_on_return(request: Request, now: float) -> None:
+        """Its deadline is now, which acts when the attempt returns (P5)."""
+        request.limited_s = request.deadline_s = now
+        request.ended = True
 
     def set_policy(self, policy: Policy, now: float) -> Step:
         """An operator: other timeouts or another interval. Deadlines that there are move; who is past it is given up."""
         self.policy = policy
         self._deadlines.clear()
         for request in (*self._trying.values(), *self.waiting):
-            if request.deadline_s is not None:
+            if request.deadline_s is not None and not request.ended:
                 self._set_deadline(request)
         if self.sick:
             self._tick_s = min(self._tick_s, now + policy.interval_s)
@@ -439,7 +452,7 @@ class RehandleList:
         for request in self.waiting:
             self._give_up(request, now, step)
         for request in [*self._trying.values()]:
-            request.deadline_s = now
+            self._end_on_return(request, now)
             if request.op is Op.READ:
                 self._give_up(request, now, step)
         self._pump(now, step)
@@ -593,7 +606,7 @@ class RehandleList:
         hang = self._the_hang
         if not self.held:
             self._hang = None
-            self._draining = False
+            self._drained_s = math.inf
             if not self.timed_out:
                 self._tick_s = math.inf
                 self.gate_open = True
@@ -614,7 +627,7 @@ class RehandleList:
         """An attempt that began at *started_s* has succeeded: open the gate, and try again what failed before it."""
         self._success_s = max(self._success_s, started_s)
         self.gate_open = True
-        self._draining = False
+        self._drained_s = math.inf
         if self.timed_out:
             self._leave_timed_out(now, step)
         for queue in (self._idle, self._stubborn) if everyone else (self._idle,):

@@ -421,6 +421,46 @@ def test_a_drain_behind_attempts_that_do_not_return_ends_what_can_be_ended() -> 
     assert [world.answers[request.seq] for request in writes] == [(150, EIO)] * 4
 
 
+def test_a_drain_ends_though_what_it_tries_does_not_return() -> None:
+    """P8: whoever wants an end of it gets one, `blocked_after` after the attempts that decide have begun."""
+    world = World(policy(math.inf), Storage(errno=fails_always))
+    requests = [world.arrive(Op.READ) for _ in range(6)]
+    world.run(1)
+    world.storage.takes_s = takes(10_000)
+    world.do(world.held.drain(world.now))
+    assert not world.answers
+    world.run(11)
+    assert {world.answers[request.seq][1] for request in requests} == {EIO}
+    assert world.held.held == {}
+
+
+def test_a_drain_is_decided_by_what_is_held_and_tried_since() -> None:
+    """Section 2: "the oldest held requests are tried": what began before, or is refused for its own reasons, says nothing."""
+    world = World(policy(math.inf), Storage(errno=fails_always))
+    held = world.arrive(Op.WRITE)
+    world.run(1)
+    world.storage.takes_s, world.storage.errno = takes(1), lambda request, _now: EACCES if request.op is Op.READ else 0
+    world.arrive(Op.READ)
+    world.run(0.5)
+    world.do(world.held.drain(world.now))
+    world.run(0.75)
+    assert held.seq not in world.answers
+    world.run(1)
+    assert world.answers[held.seq][1] == 0
+
+
+@pytest.mark.parametrize("order", ["drain", "end"])
+def test_a_later_timeout_takes_no_end_back(order: str) -> None:
+    """P8: what an operator has ended is answered when its attempt returns, whatever he sets afterwards."""
+    world = World(policy(math.inf), Storage(takes_s=takes(50), errno=fails_always))
+    write = world.arrive(Op.WRITE)
+    world.run(10)
+    world.do(getattr(world.held, order)(world.now))
+    world.do(world.held.set_policy(policy(math.inf), world.now))
+    world.run(60)
+    assert world.answers[write.seq] == (150, EIO)
+
+
 def test_a_deadline_that_an_operator_moves_counts_from_where_it_counted() -> None:
     """io-hang-set: longer, for ever, and back; who is past it by then is given up at once."""
     world = World(policy(60), Storage(errno=fails_always))

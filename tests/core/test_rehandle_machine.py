@@ -211,12 +211,12 @@ class Machine(RuleBasedStateMachine):
             assert request.answer is None
         else:
             was_held, was_timed_out = request.held, self.held.timed_out
-            self.operator = draining = self.held._draining
+            self.operator = draining = self.draining()
             due = request.deadline_s is not None and self.now >= request.deadline_s
             self.first_wait_s.setdefault(seq, self.now)
             self.take(self.held.failed(request, outcome, self.now), request, outcome)
             self.operator = False
-            if draining:
+            if draining and not self.draining():
                 self.drained()
                 return
             if was_timed_out and not was_held and outcome == EIO:
@@ -274,7 +274,11 @@ class Machine(RuleBasedStateMachine):
         self.now = end_s
 
     def tick(self) -> None:
+        self.operator = draining = self.draining()
         self.take(self.held.tick(self.now))
+        self.operator = False
+        if draining and not self.draining():
+            self.drained()
         self.check_deadlines()
         for request in self.live.values():
             may_end = request.state is State.WAITING or (request.op is Op.READ and request.held)
@@ -317,15 +321,19 @@ class Machine(RuleBasedStateMachine):
         held = bool(self.held.held)
         self.take(self.held.drain(self.now))
         self.operator = False
-        if held and not self.held._draining:
+        if held and not self.draining():
             self.drained()
-        if self.held._draining:
+        if self.draining():
             assert self.held.held
             assert self.held.trying
 
+    def draining(self) -> bool:
+        """Whether an operator's drain has yet to end."""
+        return self.held._drained_s < math.inf
+
     def drained(self) -> None:
         """An end was made of what was held: what is left is inside a system call that has to return (P5)."""
-        assert not self.held._draining
+        assert not self.draining()
         for request in self.held.held.values():
             assert request.state is State.TRYING
             assert request.op is not Op.READ
@@ -342,7 +350,7 @@ class Machine(RuleBasedStateMachine):
         self.policy = dataclasses.replace(
             self.policy, timeout_s={Op.READ: reads, Op.WRITE: writes, Op.FSYNC: writes}, interval_s=interval_s
         )
-        limited = {r.seq: r.limited_s for r in self.live.values() if r.deadline_s is not None}
+        limited = {r.seq: r.limited_s for r in self.live.values() if r.deadline_s is not None and not r.ended}
         for seq, limited_s in limited.items():
             timeout_s = self.policy.timeout_s[self.live[seq].op]
             self.deadlines[seq] = limited_s + (timeout_s if timeout_s and self.held.holding else interval_s)

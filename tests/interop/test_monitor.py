@@ -257,6 +257,28 @@ def test_paused_holding_passes_errors_on(site: Site) -> None:
     assert got == [bytes(BLOCK)]
 
 
+def test_an_order_for_one_image_is_for_that_one(site: Site) -> None:
+    """docs/iohangctl.rst: "Without IMAGE, for all open images and those that are opened later; with one, until its last close"."""
+    fd = os.open(site.image(), os.O_RDONLY)
+    ask(site, "io-hang-pause", image="a.img")
+    ask(site, "io-hang-set", image="a.img", timeout=1)
+    os.close(fd)
+    wait_until(lambda: ask(site, "query-io-hang") == [], what="the last close")
+    site.flaky.fail("data b.img errno=EIO")
+    thread, got = read_in_thread(site.image("b.img"))
+    wait_until(lambda: held(site) >= 1, what="a held request")
+    assert ask(site, "query-io-hang")[0]["nearest-deadline"] > 500
+    ask(site, "io-hang-set", timeout=900)
+    site.flaky.heal()
+    thread.join(20)
+    assert got == [bytes(BLOCK)]
+    fd = os.open(site.image(), os.O_RDONLY)
+    (done,) = ask(site, "io-hang-set", interval=2)
+    assert done["read-timeout"] == 900, "those that are opened later have it, too"
+    os.close(fd)
+    assert site.ctl("fail", "").stderr == "iohangctl: no image '' is open here\n"
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "says"),
     [

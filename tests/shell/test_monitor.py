@@ -85,3 +85,20 @@ async def test_what_flaps_is_told_of_less_often(
     assert sum(each.get("left-out", 0) for each in of_a) + len(of_a) == 1000
     await trio.sleep(60)
     assert told._throttles == {}, "nothing is kept of an image that has been quiet"
+
+
+async def test_one_kind_of_event_does_not_hide_the_other(
+    tmp_path: Path,
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,  # noqa: ARG001 - pytest-trio looks for it here
+) -> None:
+    """P9: whoever keeps account of hangs by their events hears of the end of each, whatever else is told meanwhile."""
+    ear = Ear()
+    told = monitor(tmp_path, ear)
+    nursery.start_soon(told._send_what_waits)
+    for _ in range(BURST + 1):
+        told.tell(begin())
+    told.tell(end())
+    told.tell(TimedOut("a.img", False, Op.READ, 5, trio.current_time(), 0))  # noqa: FBT003
+    await trio.sleep(3)
+    assert [each["set"] for each in ear.heard if each["name"] == "BLOCK_IO_HANG"][-1] is False
