@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 FINE, HANGING, TIMED_OUT, UNKNOWN = 0, 1, 2, 3
 """Exit codes of `check`, which are those of a monitoring plug-in: OK, WARNING, CRITICAL, UNKNOWN."""
 
-REFUSED, USAGE = 1, 2
-"""Exit codes of the other verbs."""
+REFUSED = 1
+"""Exit code of the other verbs where they could not; argparse's own for wrong usage is 2."""
 
 ANSWER_S = 10.0
 """The monitor answers at once, whatever the storage does. If not, the server itself is stuck."""
@@ -313,7 +313,11 @@ def _acted(done: list[dict[str, Any]]) -> list[str]:
             f"{each['image']}: {'changed' if each['changed'] else 'was so already'}; {each['held']} requests are held"
             for each in done
         ]
-    return [f"{each['image']}: {each['requests']} requests were held; now {each['held']} are" for each in done]
+    return [
+        f"{each['image']}: {each['requests']} requests were held; now {each['held']} are"
+        + ("; iohangctl list says what becomes of them" if each["held"] else "")
+        for each in done
+    ]
 
 
 def _set(done: list[dict[str, Any]]) -> list[str]:
@@ -330,7 +334,9 @@ def _event(event: Mapping[str, Any]) -> str:
     data = event["data"]
     match event["event"], data.get("set"):
         case "BLOCK_IO_HANG", True:
-            return f"{data['image']}: hangs: {data['op']} failed with {data['errno'] or 'no answer from the storage'}"
+            error = data["errno"] or "no answer from the storage"
+            until = "until it succeeds" if data["timeout"] is None else f"for up to {span_words(data['timeout'])}"
+            return f"{data['image']}: hangs: {data['op']} failed with {error}; held {until}, see iohangctl list"
         case "BLOCK_IO_HANG", False:
             return (
                 f"{data['image']}: the hang is over after {span_words(data['duration'])}: {data['recovered']} recovered, "

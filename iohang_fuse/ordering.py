@@ -47,7 +47,7 @@ class Turn(Generic[T]):
         self.start = start
         self.end = end
         self.kind = kind
-        self.blocks = range(start >> BLOCK_BITS, (int(end) - 1 >> BLOCK_BITS) + 1) if end != math.inf else range(0)
+        self.blocks = blocks(start, end) if end != math.inf else range(0)
 
     def overlaps(self, start: int, end: float) -> bool:
         """Whether it has a byte of that range."""

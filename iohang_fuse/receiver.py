@@ -28,12 +28,12 @@ IN_A_ROW = 16
 """Requests between two rounds of trio's loop: 16 reads of 1 MiB from the page cache take some 3 ms."""
 
 CALLED = 8
-"""Tasks that are called at once while requests wait. With 16 writes of 4 KiB at once, on ext4: 1 made 22,400 a second, 4 made
-24,600, 8 made 25,300; who is called for nothing costs time."""
+"""Tasks that are called at once while requests wait. On the workload 4k-write-16 of contrib/benchmark 8 do more than 4, 4 more than
+1. Who is called for nothing costs time."""
 
 NEW_OBJECTS = 20_000
-"""Between two searches for garbage, instead of 700: some 5,000 writes, whose entries in the write log are no garbage for long. The
-search took 3 per cent of the time of 4k writes."""
+"""Between two searches for garbage, instead of 700: some 5,000 writes, whose entries in the write log are no garbage for long, by
+the way of 4k writes."""
 
 
 class _Device:

@@ -49,26 +49,23 @@ _WAYS = (
 )
 """How we hear of what is done, the best first: when we ask; with the next system call; by an interrupt each time."""
 
-_SQE = struct.Struct(
-    "=BBHiQQIIQ"
-)  # opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data; the rest stays 0
+# opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data; the rest stays 0
+_SQE = struct.Struct("=BBHiQQIIQ")
 _SQE_BYTES = 64
 _CQE = struct.Struct("=Qi")  # user_data, result; then flags
 _CQE_BYTES = 16
 _MASK = 0xFFFFFFFF
 
-_call = ctypes.PyDLL(
-    None, use_errno=True
-).syscall  # keeps the interpreter's lock: giving it up would cost more than the call
+# PyDLL keeps the interpreter's lock: giving it up would cost more than the call.
+_call = ctypes.PyDLL(None, use_errno=True).syscall
 _call.restype = ctypes.c_long
 _enter = ctypes.PyDLL(None, use_errno=True).syscall
 _enter.argtypes = (
     ctypes.c_long, ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t,
 )  # fmt: skip
 _enter.restype = ctypes.c_long
-_new_bytes = (
-    ctypes.pythonapi.PyBytes_FromStringAndSize
-)  # with NULL: "the contents of the bytes object are uninitialized"
+# With NULL "the contents of the bytes object are uninitialized" (Python/C API, Bytes Objects).
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.argtypes, _new_bytes.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
 _address = ctypes.pythonapi.PyBytes_AsString
 _address.argtypes, _address.restype = (ctypes.py_object,), ctypes.c_void_p
@@ -134,14 +131,16 @@ class Ring:
 
         Raises OSError: ENOSYS, EPERM, ENOMEM as io_uring_setup(2) says, ENOTSUP before Linux 5.6.
         """
-        self._fd, params = _set_up(entries)
-        self.fileno = os.eventfd(
-            0, os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        )  # poll(2) on the ring itself does not hear of deferred work
+        # poll(2) on the ring itself does not hear of deferred work.
+        self.fileno = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            _check(
-                _call(ctypes.c_long(_REGISTER), self._fd, _REGISTER_EVENTFD, ctypes.byref(ctypes.c_int(self.fileno)), 1)
-            )
+            self._fd, params = _set_up(entries)
+        except BaseException:
+            os.close(self.fileno)
+            raise
+        try:
+            eventfd = ctypes.c_int(self.fileno)
+            _check(_call(ctypes.c_long(_REGISTER), self._fd, _REGISTER_EVENTFD, ctypes.byref(eventfd), 1))
             if params.features & _FEATURES != _FEATURES:
                 raise OSError(errno.ENOTSUP, "io_uring of a Linux before 5.6")
             self.entries: int = params.sq_entries
@@ -258,9 +257,8 @@ class Ring:
     def collect(self) -> None:
         """Tell those whose operations are done."""
         words = self._words
-        for _ in range(
-            self._cq_mask
-        ):  # the kernel brings some 20 at a time (Linux 6.13), and others are done meanwhile
+        # The kernel brings some 20 at a time (Linux 6.13), and others are done meanwhile.
+        for _ in range(self._cq_mask):
             if self._deferred and words[self._sq_flags] & _SQ_TASKRUN:
                 _enter(_ENTER, self._fd, 0, 0, _ENTER_GETEVENTS, None, 0)
             tail = words[self._cq_tail]

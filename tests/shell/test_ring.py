@@ -297,6 +297,19 @@ def test_a_kernel_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_without_a_descriptor_left_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P10: at the process's limit there is no ring, and nothing of one."""
+
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(ring_module.os, "eventfd", none_left)
+    with pytest.raises(OSError, match="Too many"):
+        Ring(ENTRIES)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_kernel_that_is_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Linux 5.6 each way is EINVAL, which says nothing to anybody."""
 
