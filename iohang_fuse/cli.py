@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from iohang_fuse import __version__, config, mountwords
+from iohang_fuse.findings import UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +82,8 @@ def _parser(*, helper: bool) -> _Parser:
         add("-f", dest="fake", action="store_true", help="fake: do everything but the mount")
     else:
         add("-f", "--foreground", action="store_true", help="stay in the foreground")
+        add("--check", action="store_true", help="mount nothing; say what would go wrong in an outage")
+        add("--json", action="store_true", help="with --check: for programs")
     add("-v", "--verbose", action="store_true", help="say more")
     add("-s", dest="sloppy", action="store_true", help="ignore unknown options, with a warning")
     add("-n", action="store_true", help="accepted, for mount(8)")
@@ -99,10 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser(helper=helper).parse_args(argv)
     except SystemExit as done:  # argparse's way to end, after --help and --version, too
-        return int(done.code or 0)
+        words = sys.argv[1:] if argv is None else argv
+        return UNKNOWN if done.code and "--check" in words and not helper else int(done.code or 0)
+    checks = not helper and arguments.check
     if arguments.namespace is not None:
         _say("-N: other mount namespaces are not supported; enter it first, with nsenter --mount")
-        return config.USAGE
+        return UNKNOWN if checks else config.USAGE
     try:
         settings = config.load(
             arguments.source,
@@ -115,8 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:
         for problem in error.problems:
             _say(problem)
-        return error.exit_code
+        return UNKNOWN if checks else error.exit_code
     # Not before: neither --help nor a wrong option needs libfuse.
+    if checks:
+        from iohang_fuse.check import run as check  # noqa: PLC0415
+
+        return check(settings, json_=arguments.json)
     from iohang_fuse.mount import run  # noqa: PLC0415
 
     return run(

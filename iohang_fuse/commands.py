@@ -66,6 +66,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Argument]] = {
     "query-version": {},
     "query-commands": {},
     "query-status": {},
+    "query-settings": {},
     "query-io-hang": _IMAGE,
     "query-held": {**_IMAGE, "limit": Argument(_count)},
     "io-hang-retry": _IMAGE,
@@ -95,8 +96,11 @@ class About:
 class Commands:
     """The commands on the images of one mount."""
 
-    def __init__(self, requests: Requests, about: About, end: Callable[[], None]) -> None:
-        """*end*: what `quit` does, which is what SIGTERM does."""
+    def __init__(
+        self, requests: Requests, about: About, end: Callable[[], None], settings: Mapping[str, object] | None = None
+    ) -> None:
+        """*end*: what `quit` does, which is what SIGTERM does. *settings*: the options that nobody can change."""
+        self._settings = settings or {}
         self._requests = requests
         self._about = about
         self._end = end
@@ -146,6 +150,19 @@ class Commands:
             **({"engine-reason": engine.why_not} if engine.why_not else {}),
             **dataclasses.asdict(self._about),
             "since": self._begun_s,
+        }
+
+    def _query_settings(self) -> object:
+        """The options in force for what is opened now."""
+        policy = self._requests.policy
+        return {
+            **{f"{op}-timeout": _finite(policy.timeout_s[op]) for op in Op},
+            "interval": policy.interval_s,
+            "blocked-after": policy.blocked_after_s,
+            "recovery-gate": policy.recovery_gate,
+            "errors": sorted(str(errno_name(number)) for number in policy.errors),
+            "timeout-errno": errno_name(policy.timeout_errno),
+            **self._settings,
         }
 
     def _query_io_hang(self, images: list[Image]) -> object:

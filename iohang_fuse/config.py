@@ -283,6 +283,9 @@ class Config(BaseModel):
     attr_timeout_s: Annotated[float, PlainValidator(_span("3650d at most", 0, LONGEST_SPAN_S))] = _option(
         "1", "how long the kernel may cache names and attributes"
     )
+    wait_source_s: Annotated[float, PlainValidator(_span("3650d at most", 0, LONGEST_SPAN_S))] = _option(
+        "0", "at the start: how long to wait until SOURCE is there, and mounted"
+    )
     monitor: Annotated[str, PlainValidator(_monitor)] = _option(
         MONITOR, "the monitor's QMP socket; none for no monitor"
     )
@@ -414,6 +417,8 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, _Setting]:
             problems.append(f"{where}: a configuration file cannot name another; leave it out")
         elif key in {*FLAGS, *CONTEXTS, *DROPPED, *REFUSED, "fsname"}:
             problems.append(f"{where} is a mount word; give it with -o, or in fstab")
+        elif key in {"source", "mountpoint"}:
+            problems.append(f"{where} is no option but an argument; leave it out")
         elif key not in KEYS and key not in NOT_YET:
             problems.append(f"{where} is an unknown key{nearest(key, KEYS) or '; see iohang-mount --help'}")
         elif value is None or value == "":

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
+from iohang_fuse import findings, survey
 from iohang_fuse.config import RUN, socket_of
+from iohang_fuse.doctor import examine
 from iohang_fuse.messages import span_words
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
 FINE, HANGING, TIMED_OUT, UNKNOWN = 0, 1, 2, 3
 """Exit codes of `check`, which are those of a monitoring plug-in: OK, WARNING, CRITICAL, UNKNOWN."""
@@ -52,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = _parser().parse_args(words)
     except SystemExit as end:
-        return UNKNOWN if end.code and "check" in words else int(end.code or 0)
+        return UNKNOWN if end.code and {"check", "doctor"} & {*words} else int(end.code or 0)
     try:
-        return asyncio.run(_run(given))
+        return _doctor(given) if given.verb == "doctor" else asyncio.run(_run(given))
     except Problem as problem:
         print(f"iohangctl: {problem}", file=sys.stderr)  # noqa: T201
     except KeyboardInterrupt:
         return 0 if given.verb == "watch" else 130
-    return UNKNOWN if given.verb == "check" else REFUSED
+    return UNKNOWN if given.verb in {"check", "doctor"} else REFUSED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="the same in one line, with a monitoring plug-in's exit code: 0 fine, 1 hanging, 2 timed out, 3 unknown",
     )
+    verb = verbs.add_parser(
+        "doctor",
+        help="what would go wrong in an outage; exit code 0: nothing worse than advice, 1: warnings, 2: problems, 3: unknown",
+    )
+    verb.add_argument("mount", nargs="?", metavar="MOUNTPOINT", help="the same as -m")
     verbs.add_parser("watch", help="events, as they come; Ctrl-C ends it")
     for name, meaning in {
         "list": "the open images, and what each waits for",
@@ -106,7 +113,7 @@ def find_socket(given: argparse.Namespace) -> Path:
     if given.mountpoint:
         # Not resolved by the kernel: a mount whose server is gone answers nothing.
         return socket_of(Path(_real(given.mountpoint)))
-    found = sorted(path for path in RUN.glob("*.sock") if _listens(path))
+    found = sorted(path for path in RUN.glob("*.sock") if survey.listens(path))
     if len(found) == 1:
         return found[0]
     if not found:
@@ -116,21 +123,14 @@ def find_socket(given: argparse.Namespace) -> Path:
     )
 
 
-def _listens(path: Path) -> bool:
-    """Whether a server does: one that was killed leaves its socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # noqa: FBT003 - one that does not accept is alive, too
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            return True
-        return True
-
-
 async def _run(given: argparse.Namespace) -> int:
-    path = find_socket(given)
+    async with _connected(given, find_socket(given)) as client:
+        return await _do(client, given)
+
+
+@contextlib.asynccontextmanager
+async def _connected(given: argparse.Namespace, path: Path) -> AsyncIterator[QMPClient]:
+    """The monitor's client. Raises `Problem`."""
     client = QMPClient("iohangctl")
     try:
         await asyncio.wait_for(client.connect(str(path)), ANSWER_S)
@@ -144,12 +144,47 @@ async def _run(given: argparse.Namespace) -> int:
     try:
         if given.mountpoint:
             await _check_mountpoint(client, path, _real(given.mountpoint))
-        return await _do(client, given)
+        yield client
     except QMPError as error:
         raise Problem(f"{path}: the connection broke: {error}") from None
     finally:
         with contextlib.suppress(Exception):  # it raises what has ended the connection, which is said already
             await client.disconnect()
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    """Not on an event loop: the survey forks. Raises `Problem` where there is no such mount."""
+    given.mountpoint = given.mount or given.mountpoint
+    path = find_socket(given)
+    answer, settings, why_not = asyncio.run(_asked_for_doctor(given, path))
+    where = answer["mountpoint"] if answer else given.mountpoint and _real(given.mountpoint)
+    mounted = survey.find_mount(where) if where else None
+    if mounted is None:
+        raise Problem(
+            f"{where} is no mount of iohang-fuse; before mounting, say iohang-mount --check SOURCE {where}"
+            if where
+            else f"{path}: {why_not}; say which mount it is: iohangctl doctor MOUNTPOINT"
+        )
+    facts = survey.of_mount(mounted, path, answer, settings, why_not)
+    found = examine(facts)
+    width = shutil.get_terminal_size((findings.WIDTH, 24)).columns
+    sys.stdout.write(findings.report(facts.source, facts.mountpoint, found, json_=given.json, width=width))
+    return findings.exit_code(found)
+
+
+async def _asked_for_doctor(
+    given: argparse.Namespace, path: Path
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, str]:
+    """The monitor's answers to query-status and query-settings, None where it gives none, and why."""
+    try:
+        async with _connected(given, path) as client:
+            answer = await _ask(client, "query-status")
+            try:
+                return answer, await _ask(client, "query-settings"), ""
+            except Problem as older:  # a server that was started before this program was upgraded
+                return answer, None, str(older)
+    except Problem as problem:
+        return None, None, str(problem).removeprefix(f"{path}: ")
 
 
 def _real(mountpoint: str) -> str:

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,39 +20,6 @@ from iohang_fuse.messages import error_words
 if TYPE_CHECKING:
     from iohang_fuse.rehandle import Request
     from iohang_fuse.requests import Requests
-
-
-@dataclass(frozen=True, slots=True)
-class Mounted:
-    """One line of /proc/self/mountinfo."""
-
-    mountpoint: str
-    device_minor: int
-    fstype: str
-    source: str
-
-
-def mount_table() -> list[Mounted]:
-    """The mounts of this namespace; see proc(5), mountinfo."""
-    table = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        separator = fields.index("-")
-        table.append(
-            Mounted(
-                mountpoint=_unescape(fields[4]),
-                device_minor=int(fields[2].partition(":")[2]),
-                fstype=fields[separator + 1],
-                source=_unescape(fields[separator + 2]),
-            )
-        )
-    return table
-
-
-def _unescape(field: str) -> str:
-    for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
-        field = field.replace(code, character)
-    return field
 
 
 def dump(requests: Requests, now: float) -> list[str]:

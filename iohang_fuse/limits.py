@@ -14,7 +14,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from iohang_fuse import diagnosis, syscalls
+from iohang_fuse import presence, syscalls
 
 MAX_TASKS = 1 << 30
 """pyfuse3's tasks: one per unanswered request. At the limit nothing is read any more, `stat` and close(2) included, so
@@ -49,18 +49,24 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One limit that does not go with another."""
+    """One limit that does not go with another: what is seen and what that means, and what to do."""
 
-    text: str
+    seen: str
+    do: str
     fatal: bool
+
+    @property
+    def text(self) -> str:
+        """Both in one line."""
+        return f"{self.seen}: {self.do}"
 
 
 def read_system() -> System:
     """The system's limits as they are now. The FUSE timeouts exist from Linux 6.15 on."""
     return System(
-        default_request_timeout_s=_number("/proc/sys/fs/fuse/default_request_timeout", 0),
-        max_request_timeout_s=_number("/proc/sys/fs/fuse/max_request_timeout", 0),
-        max_map_count=_number("/proc/sys/vm/max_map_count", 65530),
+        default_request_timeout_s=number("/proc/sys/fs/fuse/default_request_timeout", 0),
+        max_request_timeout_s=number("/proc/sys/fs/fuse/max_request_timeout", 0),
+        max_map_count=number("/proc/sys/vm/max_map_count", 65530),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
 
@@ -82,7 +88,8 @@ def problems(
             found.append(
                 Problem(
                     f"{name} is {limit_s} s, and the kernel kills the whole mount when a request is older, while timeout "
-                    f"lets one be held for {timeout_s:g} s: set it to {wanted} with `sysctl -w {name}=0`, or lower timeout",
+                    f"lets one be held for {timeout_s:g} s",
+                    f"set it to {wanted} with `sysctl -w {name}=0`, or lower timeout",
                     fatal=True,
                 )
             )
@@ -90,7 +97,8 @@ def problems(
         found.append(
             Problem(
                 f"interval is {interval_s:g} s and timeout {shortest_timeout_s:g} s: a request would be given up before it "
-                f"is tried again; using an interval of {effective_interval(shortest_timeout_s, interval_s):g} s",
+                "is tried again",
+                f"using an interval of {effective_interval(shortest_timeout_s, interval_s):g} s",
                 fatal=False,
             )
         )
@@ -99,7 +107,8 @@ def problems(
         found.append(
             Problem(
                 f"max_background is {max_background}, and vm.max_map_count ({system.max_map_count}) allows fewer receive "
-                f"buffers: lower it, or set `sysctl -w vm.max_map_count={2 * max_background + 65530}`",
+                "buffers",
+                f"lower it, or set `sysctl -w vm.max_map_count={2 * max_background + 65530}`",
                 fatal=True,
             )
         )
@@ -107,7 +116,8 @@ def problems(
         found.append(
             Problem(
                 f"only {system.open_files} files may be open (RLIMIT_NOFILE), one is needed for each file that the kernel "
-                f"knows of: raise it, for example with LimitNOFILE=1048576 in the unit",
+                "knows of",
+                "raise it, for example with LimitNOFILE=1048576 in the unit",
                 fatal=False,
             )
         )
@@ -122,7 +132,7 @@ def effective_interval(timeout_s: float, interval_s: float) -> float:
 def raise_open_files() -> None:
     """RLIMIT_NOFILE as high as we may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    ceiling = min(_FILES, _number("/proc/sys/fs/nr_open", _FILES))
+    ceiling = min(_FILES, number("/proc/sys/fs/nr_open", _FILES))
     for limit in ((ceiling, max(hard, ceiling)), (hard, hard)):
         if soft >= limit[0]:
             return
@@ -161,7 +171,7 @@ def _a_request_fits_a_pipe() -> bool:
 
 def set_max_background_of(mountpoint: str, count: int) -> None:
     """`set_max_background` for what is mounted there on top."""
-    ours = [mounted for mounted in diagnosis.mount_table() if mounted.mountpoint == mountpoint]
+    ours = [mounted for mounted in presence.mount_table() if mounted.mountpoint == mountpoint]
     set_max_background(ours[-1].device_minor, count)
 
 
@@ -180,7 +190,8 @@ def set_max_background(device_minor: int, count: int) -> None:
         raise OSError(f"{folder}/max_background did not take {count}")
 
 
-def _number(path: str, otherwise: int) -> int:
+def number(path: str, otherwise: int) -> int:
+    """The number in a file of /proc or /sys; *otherwise* where there is none."""
     try:
         return int(Path(path).read_text())
     except (OSError, ValueError):

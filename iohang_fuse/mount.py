@@ -13,26 +13,30 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
-from iohang_fuse import __version__, background, diagnosis, limits, logs, receiver, source, syscalls
+from iohang_fuse import __version__, background, diagnosis, limits, logs, presence, receiver, source, syscalls
 from iohang_fuse.commands import About, Commands
 from iohang_fuse.config import MONITOR, Config
 from iohang_fuse.engine import Engine, Unavailable
 from iohang_fuse.events import Event, Op
 from iohang_fuse.filesystem import Filesystem
-from iohang_fuse.messages import error_words, sentence
+from iohang_fuse.messages import error_words, sentence, span_words
 from iohang_fuse.monitor import Monitor
 from iohang_fuse.mountwords import libfuse_escaped
 from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 log = logging.getLogger(__name__)
 
 SUBTYPE = "iohang-mount"  # findmnt shows fuse.iohang-mount: the type that fstab has, too
-EX_USAGE, EX_SYSTEM, EX_FAILURE = 1, 2, 32  # mount(8), EXIT STATUS
+EX_USAGE, EX_SYSTEM, EX_INTERRUPTED, EX_FAILURE = 1, 2, 8, 32  # mount(8), EXIT STATUS
 
 _LAST_CLOSE_S = 10.0
 """After a second SIGTERM: how long consumers get to close their files before they lose the mount."""
@@ -49,6 +53,8 @@ class Refusal(Exception):
 def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool = False) -> int:
     """Mount and serve. Returns the exit code: of the server in the foreground, of the start in the background."""
     try:
+        if not fake:
+            wait_for_source(config, tell_stderr)
         mountpoint = check_paths(config)
         check_log(config)
         limits.raise_open_files()
@@ -75,6 +81,26 @@ def _in_background(config: Config, mountpoint: str, *, verbose: bool, started: b
 # ---- checks
 
 
+def wait_for_source(config: Config, tell: Callable[[str, float], None]) -> None:
+    """As long as `wait_source` says. Raises `Refusal`. *tell* is that of `presence.wait`.
+
+    Before anything else is done, in the process that was started: whoever waits for it sees what it waits for, and can end it.
+    """
+    if not config.wait_source_s:
+        return
+    try:
+        presence.wait(str(config.source), config.wait_source_s, tell)
+    except presence.NeverCame as error:
+        raise Refusal(EX_FAILURE, str(error)) from None
+    except KeyboardInterrupt:
+        raise Refusal(EX_INTERRUPTED, f"interrupted while it waited for SOURCE {config.source} (wait_source)") from None
+
+
+def tell_stderr(what: str, left_s: float) -> None:
+    """What is waited for."""
+    print(f"iohang-mount: {what}; waiting for up to {span_words(left_s)}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def check_paths(config: Config) -> str:
     """The mount point without symlinks. Raises `Refusal` if SOURCE or MOUNTPOINT cannot be what they are given as.
 
@@ -88,7 +114,7 @@ def check_paths(config: Config) -> str:
         raise Refusal(EX_FAILURE, f"SOURCE {config.source}: {error_words(error.errno)}") from None
     origin = os.path.realpath(config.source)
     mountpoint = os.path.realpath(config.mountpoint)
-    for mounted in diagnosis.mount_table():
+    for mounted in presence.mount_table():
         if mounted.mountpoint == mountpoint and mounted.fstype == f"fuse.{SUBTYPE}":
             state = "" if _answers(mountpoint) else ", and its server is gone; `umount` it first"
             raise Refusal(EX_FAILURE, f"{mountpoint} is already an iohang-mount of {mounted.source}{state}")
@@ -193,7 +219,8 @@ class _Server:
         if path is None:
             return None
         about = About(str(self._config.source), self._mountpoint, __version__, os.getpid())
-        commands = Commands(self._requests, about, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
+        end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+        commands = Commands(self._requests, about, end, _lasting_settings(self._config))
         major, minor, micro = (int(part) for part in __version__.split("."))
         monitor = Monitor(path, commands, (major, minor, micro))
         try:
@@ -374,6 +401,19 @@ class _Server:
 def _end_now(nursery: trio.Nursery) -> None:
     pyfuse3.terminate()
     nursery.cancel_scope.cancel()  # pyfuse3 would wait for each handler
+
+
+def _lasting_settings(config: Config) -> dict[str, object]:
+    """What `query-settings` tells beside the policy, as `Config` has it."""
+    return {
+        "held-limit": config.held_limit_bytes,
+        "write-log": config.write_log_bytes,
+        "max-background": config.max_background,
+        "engine": config.engine,
+        "direct": config.direct,
+        "attr-timeout": config.attr_timeout_s,
+        "mount-words": [*config.mount_words],
+    }
 
 
 def _policy(config: Config) -> Policy:

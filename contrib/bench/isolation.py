@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iohang_fuse.diagnosis import mount_table
+from iohang_fuse.presence import mount_table
 from tests.exerciser import Aio, AioRequest
 from tests.harness import FlakySource, Mount, wait_until
 

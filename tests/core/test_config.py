@@ -437,7 +437,7 @@ def test_the_file_is_named_by_an_argument_or_an_option(yaml, tmp_path: Path) -> 
         ("ro: true\n", 1, "ro is a mount word; give it with -o, or in fstab"),
         ("config: /etc/x\n", 1, "config: a configuration file cannot name another; leave it out"),
         ("[a]: 1\n", 1, "'?' is an unknown key; see iohang-mount --help"),
-        ("source: /srv\n", 1, "source is an unknown key; see iohang-mount --help"),
+        ("source: /srv\n", 1, "source is no option but an argument; leave it out"),
         ("mount_words: [ro]\n", 1, "mount_words is an unknown key; the nearest is 'monitor'"),
         ("\ntimeout:\n", 2, "timeout has no value; give it one, or leave it out"),
         ("timeout: ~\n", 1, "timeout has no value; give it one, or leave it out"),

@@ -97,11 +97,11 @@ def test_every_problem_is_found_at_once() -> None:
 
 def test_a_setting_that_is_not_there_is_no_limit(tmp_path: Path) -> None:
     """The FUSE timeouts exist from Linux 6.15 on."""
-    assert limits._number(str(tmp_path / "absent"), 7) == 7
+    assert limits.number(str(tmp_path / "absent"), 7) == 7
     (tmp_path / "garbled").write_text("unlimited\n")
-    assert limits._number(str(tmp_path / "garbled"), 7) == 7
+    assert limits.number(str(tmp_path / "garbled"), 7) == 7
     (tmp_path / "number").write_text("65530\n")
-    assert limits._number(str(tmp_path / "number"), 7) == 65530
+    assert limits.number(str(tmp_path / "number"), 7) == 65530
 
 
 def test_the_system_can_be_read() -> None:
