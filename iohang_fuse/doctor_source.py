@@ -30,6 +30,7 @@ _ADVISED = "soft,timeo=50,retrans=2"
 def source_findings(facts: Facts) -> Iterator[Finding]:
     """SOURCE, from its name down."""
     yield from _presence(facts)
+    yield from _covered(facts)
     below = holding(facts.sight.path, facts.table)
     if below is not None:
         yield from _nfs(facts, below) if below.fstype in nfs.TYPES else _other(below)
@@ -85,6 +86,22 @@ def _presence(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield from _mounted_as_planned(facts)
+
+
+def _covered(facts: Facts) -> Iterator[Finding]:
+    served = facts.served
+    if served is None or served.serves is None or served.lies_on is None:
+        return
+    if served.serves.mount_id != served.lies_on.mount_id:
+        was, now = served.serves, served.lies_on
+        yield Finding(
+            Level.PROBLEM,
+            "source",
+            f"the server has {facts.source} open on {was.fstype} {was.source}, and {now.fstype} {now.source} has been mounted over "
+            f"it at {now.mountpoint}",
+            "it was mounted before its source, and guests find and write what lies beneath",
+            f"stop the guests, umount {facts.mountpoint}, and mount again, with wait_source=5min",
+        )
 
 
 def _mounted_as_planned(facts: Facts) -> Iterator[Finding]:

@@ -51,6 +51,10 @@ class Served:
     images: int = 0
     holding: bool = True
     max_background: int | None = None
+    serves: Mounted | None = None
+    """What the server's SOURCE lies on: what was there when it was opened."""
+    lies_on: Mounted | None = None
+    """What SOURCE's path leads to now, in the server's mount namespace."""
 
 
 @dataclass(frozen=True, slots=True)

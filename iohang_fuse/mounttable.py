@@ -33,6 +33,7 @@ class Mounted:
     fstype: str
     source: str
     options: tuple[str, ...] = ()
+    mount_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def parse_mountinfo(text: str) -> list[Mounted]:
                 fstype=fields[separator + 1],
                 source=_unescape(fields[separator + 2]),
                 options=(*fields[5].split(","), *fields[separator + 3].split(",")),
+                mount_id=int(fields[0]),
             )
         )
     return table
@@ -87,6 +89,11 @@ def parse_fstab(text: str) -> list[Planned]:
             where = posixpath.normpath(_unescape(fields[1]))
             planned.append(Planned(_unescape(fields[0]), where, fields[2], options))
     return planned
+
+
+def parse_mount_id(fdinfo: str) -> int:
+    """Of the mount on which an open file lies: /proc/PID/fdinfo/FD; see proc(5). 0 where it does not say."""
+    return next((int(line.split()[1]) for line in fdinfo.splitlines() if line.startswith("mnt_id:")), 0)
 
 
 def holding(path: str, table: Iterable[Mounted]) -> Mounted | None:

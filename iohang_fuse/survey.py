@@ -16,7 +16,7 @@ from iohang_fuse import bounded, limits, presence, qemu
 from iohang_fuse.config import Config, ConfigError, load
 from iohang_fuse.facts import Facts, Host, Limit, Served, Settings
 from iohang_fuse.messages import errno_name
-from iohang_fuse.mounttable import OUR_TYPE, OUR_TYPES
+from iohang_fuse.mounttable import OUR_TYPE, OUR_TYPES, holding, parse_mount_id, parse_mountinfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,11 +58,13 @@ def of_mount(
     else:
         settings, settings_from = settings_told(told), ""
     pid = None if status is None else status["pid"]
+    sight = presence.sight(mounted.source)
+    serves, lies_on = _what_it_serves(pid, sight.path)
     return Facts(
         source=mounted.source,
         mountpoint=mounted.mountpoint,
         settings=settings,
-        sight=presence.sight(mounted.source),
+        sight=sight,
         table=tuple(presence.mount_table()),
         planned=tuple(presence.planned_mounts()),
         limits=_limits(settings, _open_files(pid)),
@@ -76,6 +78,8 @@ def of_mount(
             images=status["images"] if status else 0,
             holding=status["holding"] if status else True,
             max_background=limits.number(f"{_CONNECTIONS}/{mounted.device_minor}/max_background", 0) or None,
+            serves=serves,
+            lies_on=lies_on,
         ),
         monitor=str(monitor),
         qemus=qemus(mounted.mountpoint),
@@ -199,6 +203,28 @@ def _command_lines() -> list[tuple[int, list[str]]]:
             if qemu.is_qemu(os.fsdecode(words[0])):
                 found.append((int(process.name), [os.fsdecode(word) for word in words]))
     return found
+
+
+def _what_it_serves(pid: int | None, source: str) -> tuple[Mounted | None, Mounted | None]:
+    """The mount that the server's SOURCE lies on, and the one that its path leads to now; None where /proc does not say."""
+    try:
+        table = parse_mountinfo(Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape"))
+        opened = [link.name for link in Path(f"/proc/{pid}/fd").iterdir() if _leads_to(link, source)]
+        mount_ids = {parse_mount_id(Path(f"/proc/{pid}/fdinfo/{name}").read_text()) for name in opened}
+    except OSError:
+        return None, None
+    lies_on = holding(source, table)
+    by_id = {each.mount_id: each for each in table}
+    if lies_on is None or lies_on.mount_id in mount_ids:
+        return lies_on, lies_on
+    return next((by_id[each] for each in mount_ids if each in by_id), None), lies_on
+
+
+def _leads_to(link: Path, path: str) -> bool:
+    try:
+        return os.readlink(link) == path
+    except OSError:  # closed meanwhile
+        return False
 
 
 def _limits(settings: Settings, open_files: int) -> tuple[Limit, ...]:

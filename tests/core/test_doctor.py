@@ -228,6 +228,16 @@ def test_where_source_does_not_lie_where_it_should_nothing_else_hides_it() -> No
     assert findings.exit_code(found) == 2
 
 
+def test_a_source_that_came_after_its_mount() -> None:
+    """Who has mounted too early serves what lies beneath, also once SOURCE is there: a problem."""
+    nfs_, bare = dataclasses.replace(nfs_mount(*SHORT), mount_id=40), dataclasses.replace(ROOT, mount_id=22)
+    assert findings.exit_code(examine(with_(served__serves=nfs_, served__lies_on=nfs_))) == 0
+    found = about(with_(served__serves=bare, served__lies_on=nfs_), "source")
+    assert [each.level for each in found] == [OK, PROBLEM]
+    assert "open on ext4 /dev/vda, and nfs server:/vm has been mounted over it at /srv/nfs" in found[1].seen
+    assert "umount /mnt/iohang" in found[1].do
+
+
 def test_a_refusal_that_is_known_already_is_not_said_twice() -> None:
     """SOURCE that does not exist is one finding."""
     sight = Sight("/srv/nfs/vm", "SOURCE /srv/nfs/vm does not exist")

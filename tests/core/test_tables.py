@@ -15,6 +15,7 @@ from iohang_fuse.mounttable import (
     is_mounted,
     lies_in,
     parse_fstab,
+    parse_mount_id,
     parse_mountinfo,
     plan_for,
 )
@@ -41,11 +42,17 @@ def test_the_mount_table_is_read() -> None:
     assert [each.mountpoint for each in table] == ["/", "/srv/nfs", "/srv/nfs", "/srv/with space"]
     nfs4 = holding("/srv/nfs/vm", table)
     assert nfs4 is not None
-    assert (nfs4.fstype, nfs4.source, nfs4.device_minor) == ("nfs4", "server:/vm", 52)
+    assert (nfs4.fstype, nfs4.source, nfs4.device_minor, nfs4.mount_id) == ("nfs4", "server:/vm", 52, 40)
     assert {"relatime", "soft", "timeo=600"} <= {*nfs4.options}
     root = holding("/srv/nfsx", table)
     assert root is not None
     assert root.mountpoint == "/"
+
+
+def test_which_mount_an_open_file_lies_on() -> None:
+    """proc(5): mnt_id in /proc/PID/fdinfo."""
+    assert parse_mount_id("pos:\t0\nflags:\t012000000\nmnt_id:\t40\nino:\t2\n") == 40
+    assert parse_mount_id("pos:\t0\n") == 0
 
 
 def test_fstab_is_read() -> None:

@@ -1,0 +1,235 @@
+"""`iohangctl doctor` and `iohang-mount --check` on real mounts: one that is fine, one whose source is missing, dead ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from iohang_fuse.presence import mount_table
+from tests.harness import FlakySource, Mount, mounted_at, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+CTL = [sys.executable, "-c", "import sys; from iohang_fuse.ctl import main; sys.exit(main())"]
+MOUNT = [sys.executable, "-m", "iohang_fuse.cli"]
+
+
+class Place:
+    """Directories for a source and a mount, and an fstab of their own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.source, self.mountpoint, self.fstab = path / "src", path / "mnt", path / "fstab"
+        for directory in (path / "real", self.source, self.mountpoint):
+            directory.mkdir()
+        self.fstab.write_text("")
+        self._mounts = 0
+
+    def run(self, *words: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "LIBMOUNT_FSTAB": str(self.fstab)}
+        command = [*map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+    def doctor(self) -> tuple[int, dict[str, dict[str, str]]]:
+        """Exit code, and the worst finding about each thing."""
+        return self._found(self.run(*CTL, "--json", "doctor", self.mountpoint))
+
+    def check(self, *options: object) -> tuple[int, dict[str, dict[str, str]]]:
+        return self._found(self.run(*MOUNT, "--check", "--json", self.source, self.mountpoint, *options))
+
+    def _found(self, done: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, dict[str, str]]]:
+        assert done.stderr == ""
+        said: dict[str, Any] = json.loads(done.stdout)
+        assert said["mountpoint"] == str(self.mountpoint)
+        worst_last = sorted(
+            said["findings"], key=lambda each: ["ok", "advice", "warning", "problem"].index(each["level"])
+        )
+        return done.returncode, {each["about"]: each for each in worst_last}
+
+    def mount(self, *options: str) -> Mount:
+        self._mounts += 1
+        return Mount(self.source, self.mountpoint, *options, log=self.path / f"mnt-{self._mounts}.log")
+
+    def flaky(self) -> FlakySource:
+        return FlakySource(self.path / "real", self.source, self.path / "trigger", self.path / "flaky.log")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    yield Place(tmp_path)
+    for name in ("mnt", "src"):
+        while mounted_at(tmp_path / name):
+            subprocess.run(["umount", "-l", str(tmp_path / name)], check=True)
+
+
+def test_a_mount_that_is_fine(place: Place) -> None:
+    """Exit code 0: nothing worse than advice. In words, too, for the one mount that there is or that is named."""
+    (place.source / "a.img").write_bytes(bytes(4096))
+    with place.mount("allow_other"):
+        code, found = place.doctor()
+        assert code == 0, found
+        assert {about for about, each in found.items() if each["level"] != "ok"} == {"guests"}
+        assert found["max_background"]["seen"] == "4096 is in force"
+        assert found["engine"]["seen"] == "uring"
+        words = place.run(*CTL, "-m", place.mountpoint, "doctor")
+        assert words.returncode == 0
+        assert words.stdout.splitlines()[0] == f"{place.source} at {place.mountpoint}"
+        assert words.stdout.splitlines()[-1].startswith("0 problems, 0 warnings, 1 of advice, ")
+
+
+def test_what_is_in_force_is_judged_not_what_was_asked_for(place: Place) -> None:
+    """max_background in force, as the kernel has it; and timeouts as `iohangctl set` has left them."""
+    (place.source / "a.img").write_bytes(bytes(4096))
+    with place.mount("allow_other", "timeout=10") as mount:
+        assert place.doctor()[1]["guests"]["level"] == "ok"
+        assert place.run(*CTL, "-m", place.mountpoint, "set", "timeout=inf").returncode == 0
+        minor = next(each.device_minor for each in mount_table() if each.mountpoint == str(mount.mountpoint))
+        with open(f"/sys/fs/fuse/connections/{minor}/max_background", "w") as setting:
+            setting.write("12\n")
+        code, found = place.doctor()
+        assert code == 1
+        assert "a request may wait for ever" in found["guests"]["seen"]
+        assert found["max_background"]["seen"] == "4096 is asked for, and 12 is in force"
+        assert place.run(*CTL, "-m", place.mountpoint, "pause").returncode == 0
+        assert place.doctor()[1]["holding"]["level"] == "warning"
+
+
+def test_a_source_whose_mount_has_not_come(place: Place) -> None:
+    """Issue: "whether SOURCE is really mounted (an empty directory under an NFS mount point!)"."""
+    place.fstab.write_text(f"images {place.source} tmpfs defaults 0 0\n")
+    with place.mount("allow_other"):
+        code, found = place.doctor()
+        assert code == 2
+        assert "where /etc/fstab mounts images, and nothing is mounted there" in found["source"]["seen"]
+        assert f"mount {place.source}" in found["source"]["do"]
+        subprocess.run(["mount", "-T", str(place.fstab), str(place.source)], check=True)
+        code, found = place.doctor()
+        assert code == 2
+        assert f"tmpfs images has been mounted over it at {place.source}" in found["source"]["seen"]
+        subprocess.run(["umount", str(place.source)], check=True)
+    assert place.check()[0] == 2
+    subprocess.run(["mount", "-T", str(place.fstab), str(place.source)], check=True)
+    with place.mount("allow_other"):
+        code, found = place.doctor()
+        assert code == 0, found
+        assert found["source"]["seen"].endswith(f"on tmpfs images mounted at {place.source}, as /etc/fstab says")
+
+
+def test_an_empty_directory_on_the_root_file_system(place: Place, disk_path: Path) -> None:
+    """What is suspicious and no more is said so: a warning."""
+    place.source = disk_path
+    if os.stat(disk_path).st_dev != os.stat("/").st_dev:
+        pytest.fail("/var/tmp is not on the root file system here: name a directory that is")
+    code, found = place.check()
+    assert (code, found["source"]["level"]) == (1, "warning")
+    (disk_path / "a.img").touch()
+    assert place.check()[1]["source"]["level"] == "ok"
+
+
+def test_it_answers_while_the_source_hangs(place: Place) -> None:
+    """Works while the storage is dead: says that SOURCE does not answer, and everything else; nothing waits for it at the end."""
+    with place.flaky() as flaky, place.mount("allow_other"):
+        flaky.fail("* * hang")
+        try:
+            begin_s = time.monotonic()
+            for code, found in (place.doctor(), place.check("-o", "monitor=none")):
+                assert code == 2
+                assert (found["source"]["level"], found["source"]["seen"]) == (
+                    "problem",
+                    f"{place.source} does not answer",
+                )
+                assert found["source type"]["seen"].startswith("fuse")
+            assert time.monotonic() - begin_s < 60
+        finally:
+            flaky.heal()
+        wait_until(lambda: place.doctor()[1]["source"]["level"] == "ok", 60, "SOURCE to answer again")
+
+
+def test_a_server_that_is_gone(place: Place) -> None:
+    """A killed server leaves its mount and its socket; its settings are taken from /etc/fstab, and that is said."""
+    (place.source / "a.img").touch()
+    line = (
+        f"{place.source} {place.mountpoint} iohang allow_other,timeout=15,x-systemd.requires-mounts-for={place.source}"
+    )
+    place.fstab.write_text(f"{line}\n")
+    mount = place.mount("allow_other")
+    mount.process.kill()
+    mount.process.wait()
+    code, found = place.doctor()
+    assert code == 2
+    assert found["monitor"]["level"] == "problem"
+    assert "Connection refused" in found["monitor"]["seen"]
+    assert found["settings"]["seen"].endswith("judged by its line in /etc/fstab")
+    assert "a request may wait up to 15 s" in found["guests"]["seen"]
+
+
+def test_what_is_no_mount_is_unknown(place: Place) -> None:
+    """Exit code 3, as `check` has it, and one line that says what to do."""
+    done = place.run(*CTL, "doctor", place.mountpoint)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == (
+        f"iohangctl: {place.mountpoint} is no mount of iohang-fuse; before mounting, say iohang-mount --check SOURCE "
+        f"{place.mountpoint}\n"
+    )
+    done = place.run(*CTL, "-s", place.path / "none.sock", "doctor")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "No such file" in done.stderr
+    assert place.run(*CTL, "doctor", "--frob").returncode == 3
+
+
+def test_check_mounts_nothing(place: Place) -> None:
+    """`iohang-mount --check`: the same findings before mounting; exit codes 0 to 3."""
+    (place.source / "a.img").touch()
+    assert place.check("-o", "allow_other")[0] == 0
+    assert not mounted_at(place.mountpoint)
+    assert place.check("-o", "timeout=0")[0] == 1
+    code, found = place.check("-o", "allow_other,interval=10,timeout=5")
+    assert code == 1
+    assert "interval is 10 s and timeout 5 s" in found["limits"]["seen"]
+    wrong = place.run(*MOUNT, "--check", place.source, place.mountpoint, "-o", "timeot=5")
+    assert (wrong.returncode, wrong.stdout) == (3, "")
+    assert "the nearest is 'timeout'" in wrong.stderr
+    assert place.run(*MOUNT, "--check", place.source).returncode == 3
+    place.mountpoint.rmdir()
+    code, found = place.check("-o", "allow_other")
+    assert (code, found["mount"]["seen"]) == (2, f"MOUNTPOINT {place.mountpoint} does not exist")
+    place.mountpoint.mkdir()
+    place.source = place.path / "absent"
+    code, found = place.check("-o", "allow_other")
+    assert (code, found["source"]["seen"]) == (2, f"SOURCE {place.source} does not exist")
+
+
+def test_check_meets_a_monitor_that_is_there_already(place: Place) -> None:
+    """Two mount points may have the same socket's name; one that a dead server has left is no obstacle."""
+    with place.mount("allow_other", f"monitor={place.path}/m.sock") as mount:
+        (place.path / "mnt2").mkdir()
+        place.mountpoint = place.path / "mnt2"
+        assert place.check("-o", f"allow_other,monitor={place.path}/m.sock")[1]["monitor"]["level"] == "warning"
+        mount.process.kill()
+        mount.process.wait()
+        assert place.check("-o", f"allow_other,monitor={place.path}/m.sock")[1]["monitor"]["level"] == "ok"
+
+
+def test_a_running_qemu_is_seen(place: Place, program: Callable[[str, str], str]) -> None:
+    """QEMU's werror and rerror, from the command line of one that has a disk on the mount."""
+    (place.source / "a.img").write_bytes(bytes(1 << 20))
+    qemu = program("qemu-system-x86_64", "qemu-system-x86")
+    drive = f"file={place.mountpoint}/a.img,format=raw,if=none,id=d0,werror=stop"
+    words = ["-machine", "none", "-S", "-display", "none", "-monitor", "none", "-serial", "none", "-name", "vm1"]
+    with place.mount("allow_other"), subprocess.Popen([qemu, *words, "-drive", drive]) as process:
+        try:
+            wait_until(lambda: "QEMU vm1" in place.doctor()[1], 60, "QEMU in /proc")
+            found = place.doctor()[1]["QEMU vm1"]
+            assert found["seen"] == f"{place.mountpoint}/a.img: werror=stop, rerror=report"
+            assert found["level"] == "advice"
+        finally:
+            process.kill()
+            process.wait()
