@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from iohang_fuse import findings, survey
-from iohang_fuse.config import RUN, socket_of
+from iohang_fuse.config import RUN, parse_span, socket_of
 from iohang_fuse.doctor import examine
 from iohang_fuse.messages import span_words
 
@@ -34,6 +35,11 @@ REFUSED = 1
 
 ANSWER_S = 10.0
 """The monitor answers at once, whatever the storage does. If not, the server itself is stuck."""
+
+SHORTEST_DELAY_S, LONGEST_DELAY_S = 0.1, 3600.0
+"""Between two frames of `top`."""
+
+NO_MOUNT = f"no mount has a monitor in {RUN}; say which one with -m DIRECTORY, or its socket with -s FILE"
 
 ACTS = {
     "retry": "try what is held now, and do not wait for the next interval",
@@ -56,11 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return UNKNOWN if end.code and {"check", "doctor"} & {*words} else int(end.code or 0)
     try:
-        return _doctor(given) if given.verb == "doctor" else asyncio.run(_run(given))
+        if given.verb == "doctor":
+            return _doctor(given)
+        return asyncio.run(_top(given) if given.verb == "top" else _run(given))
     except Problem as problem:
         print(f"iohangctl: {problem}", file=sys.stderr)  # noqa: T201
     except KeyboardInterrupt:
-        return 0 if given.verb == "watch" else 130
+        return 0 if given.verb in {"watch", "top"} else 130
     return UNKNOWN if given.verb in {"check", "doctor"} else REFUSED
 
 
@@ -77,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser(
         "check",
         help="the same in one line, with a monitoring plug-in's exit code: 0 fine, 1 hanging, 2 timed out, 3 unknown",
+    )
+    verb = verbs.add_parser(
+        "top", help="the images that hang or have had trouble, live; all mounts without -m; q quits"
+    )
+    verb.add_argument("-d", "--delay", metavar="SPAN", default="1", help="between two frames (1 s)")
+    verb.add_argument("-n", "--frames", metavar="COUNT", type=int, help="end after so many")
+    verb.add_argument(
+        "-b", "--batch", action="store_true", help="in plain lines, as it is anyway where stdout is no terminal"
     )
     verb = verbs.add_parser(
         "doctor",
@@ -113,14 +129,18 @@ def find_socket(given: argparse.Namespace) -> Path:
     if given.mountpoint:
         # Not resolved by the kernel: a mount whose server is gone answers nothing.
         return socket_of(Path(_real(given.mountpoint)))
-    found = sorted(path for path in RUN.glob("*.sock") if survey.listens(path))
+    found = _sockets()
     if len(found) == 1:
         return found[0]
     if not found:
-        raise Problem(f"no mount has a monitor in {RUN}; say which one with -m DIRECTORY, or its socket with -s FILE")
+        raise Problem(NO_MOUNT)
     raise Problem(
         f"several mounts have a monitor; say which one with -m DIRECTORY: {', '.join(path.stem for path in found)}"
     )
+
+
+def _sockets() -> list[Path]:
+    return sorted(path for path in RUN.glob("*.sock") if survey.listens(path))
 
 
 async def _run(given: argparse.Namespace) -> int:
@@ -150,6 +170,32 @@ async def _connected(given: argparse.Namespace, path: Path) -> AsyncIterator[QMP
     finally:
         with contextlib.suppress(Exception):  # it raises what has ended the connection, which is said already
             await client.disconnect()
+
+
+async def _top(given: argparse.Namespace) -> int:
+    # Not before: rich is for this screen alone.
+    from iohang_fuse import top  # noqa: PLC0415
+
+    try:
+        interval_s = parse_span(given.delay)
+    except ValueError as error:
+        raise Problem(f"--delay: {error}") from None
+    if not SHORTEST_DELAY_S <= interval_s <= LONGEST_DELAY_S:
+        raise Problem(f"--delay: '{given.delay}' is out of range; say {SHORTEST_DELAY_S:g} s to {LONGEST_DELAY_S:g} s")
+    if given.frames is not None and given.frames < 1:
+        raise Problem(f"--frames: {given.frames} is no number of frames; say 1 or more")
+    one = find_socket(given) if given.socket or given.mountpoint else None
+    if one is not None:
+        async with _connected(given, one):  # whether there is such a mount at all
+            pass
+    elif not _sockets():
+        raise Problem(NO_MOUNT)
+    wish = top.Wish(interval_s, given.frames or math.inf, json=given.json, plain=given.batch)
+    try:
+        return await top.run(wish, _sockets if one is None else lambda: [one])
+    except BrokenPipeError:  # `iohangctl top | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _doctor(given: argparse.Namespace) -> int:

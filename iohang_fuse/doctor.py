@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from iohang_fuse.doctor_source import attempt_s, first_attempt_s, source_findings
 from iohang_fuse.findings import Finding, Level
-from iohang_fuse.messages import span_words
+from iohang_fuse.messages import size_words, span_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -218,10 +218,11 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     price = 1 if facts.host.requests_fit_a_pipe else 2
     images = max(facts.served.images if facts.served else 1, 1)
     most = price * facts.settings.held_limit_bytes + images * facts.settings.write_log_bytes
+    twice = " twice (fs.pipe-max-size is below 2 MiB)" if price == 2 else ""
     seen = (
-        f"held_limit {_size(facts.settings.held_limit_bytes)}{' twice (fs.pipe-max-size is below 2 MiB)' if price == 2 else ''} "
-        f"and a write_log of {_size(facts.settings.write_log_bytes)} for each of {images} open images are {_size(most)}; "
-        f"{_size(available)} are available"
+        f"held_limit {size_words(facts.settings.held_limit_bytes)}{twice} "
+        f"and a write_log of {size_words(facts.settings.write_log_bytes)} for each of {images} open images are {size_words(most)}; "
+        f"{size_words(available)} are available"
     )
     if most > available:
         yield Finding(
@@ -315,7 +316,3 @@ def _stops(facts: Facts, disk: Disk) -> bool:
 
 def _span(seconds: float) -> str:
     return "for ever" if seconds == math.inf else f"up to {span_words(seconds)}"
-
-
-def _size(size: int) -> str:
-    return f"{size / (1 << 30):.3g} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.3g} MiB"

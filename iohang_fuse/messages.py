@@ -43,6 +43,14 @@ def span_words(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def size_words(size: int) -> str:
+    """Bytes as an operator says them: `512 B`, `4 KiB`, `1.06 GiB`."""
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << bits:
+            return f"{size / (1 << bits):.3g} {unit}" if size < 1000 << bits else f"{size >> bits} {unit}"
+    return f"{size} B"
+
+
 def sentence(  # noqa: PLR0911 - one for each kind of event
     event: Event, clock: Callable[[float], str]
 ) -> tuple[int, str]:

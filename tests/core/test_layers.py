@@ -15,8 +15,8 @@ PACKAGE = Path(iohang_fuse.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "writelog"}
-PURE |= {"doctor", "doctor_source", "facts", "findings", "mounttable", "nfs", "qemu"}
-EDGE = {"check", "cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver"}
+PURE |= {"doctor", "doctor_source", "facts", "findings", "mounttable", "nfs", "qemu", "toptable"}
+EDGE = {"check", "cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver", "top"}
 SHELL = {*MODULES} - PURE - EDGE
 
 IMPURE = {"asyncio", "concurrent", "io", "os", "pathlib", "pyfuse3", "random", "select", "signal", "socket", "subprocess",
