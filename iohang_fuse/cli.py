@@ -52,7 +52,7 @@ def options_help() -> str:
         f"Also the words of mount(8) and FUSE: {', '.join(sorted({*mountwords.FLAGS, *mountwords.CONTEXTS}))}.",
         f"The monitor, by default: {config.MONITOR}, with the mount point's '/' as '-'; ask it with iohangctl(8).",
         AMOUNTS_TO,
-        "Exit codes: 0 mounted, 1 wrong usage, 2 system error, 32 mount failure.",
+        "Exit codes: 0 mounted, 1 wrong usage, 2 system error, 8 interrupted, 32 mount failure.",
     ]
     filled = [textwrap.fill(each, 100, break_on_hyphens=False) for each in paragraphs]
     return "\n".join(["options of -o, with their defaults:", *rows]) + "\n\n" + "\n\n".join(filled)
@@ -105,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         return UNKNOWN if done.code and "--check" in words and not helper else int(done.code or 0)
     checks = not helper and arguments.check
+    if not helper and arguments.json and not checks:
+        _say("--json is the form of what --check says; say --check --json")
+        return config.USAGE
     if arguments.namespace is not None:
         _say("-N: other mount namespaces are not supported; enter it first, with nsenter --mount")
         return UNKNOWN if checks else config.USAGE

@@ -156,6 +156,9 @@ def _max_background(facts: Facts) -> Iterator[Finding]:
     if there == wanted:
         yield Finding(Level.OK, "max_background", f"{there} is in force")
         return
+    if there is None and not facts.host.is_root:
+        yield Finding(Level.ADVICE, "max_background", "only root can read what is in force", do="ask again as root")
+        return
     yield Finding(
         Level.WARNING,
         "max_background",

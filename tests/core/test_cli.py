@@ -109,6 +109,13 @@ def test_wrong_usage_is_one_line_and_exit_code_1(
     assert not runs
 
 
+def test_json_is_for_check(runs: list[SimpleNamespace], capsys) -> None:
+    """What would be ignored is refused."""
+    assert cli.main(["/srv/vm", "/mnt", "--json"]) == 1
+    assert "say --check --json" in capsys.readouterr().err
+    assert not runs
+
+
 def test_each_problem_is_a_line_of_its_own(runs: list[SimpleNamespace], capsys) -> None:
     """All that is wrong with the options is said at once, each line with the program's name."""
     assert cli.main(["/srv/vm", "/mnt", "-o", "timeot=5,interval=0", "-o", "errors=EPERM"]) == 1

@@ -111,6 +111,7 @@ def test_enough_digits_are_not_infinity() -> None:
         ("interval=inf", "100ms to 1d"),
         ("blocked_after=0", "1ms or more"),
         ("attr_timeout=inf", "3650d at most"),
+        ("wait_source=inf", "3650d at most"),
         ("recovery_gate=0", "a whole number from 1 to 1000"),
         ("recovery_gate=1001", "a whole number from 1 to 1000"),
         ("recovery_gate=4.0", "a whole number from 1 to 1000"),

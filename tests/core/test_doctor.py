@@ -165,6 +165,7 @@ CASES: list[tuple[Facts, str, Level, str, str]] = [
     (GOOD, "max_background", OK, "4096 is in force", ""),
     (with_(served__max_background=12), "max_background", WARNING, "12 is in force", "echo 4096 > /sys/fs/fuse/connections/"),
     (with_(served__max_background=None), "max_background", WARNING, "cannot be read", "mount -t fusectl"),
+    (with_(served__max_background=None, host__is_root=False), "max_background", ADVICE, "only root can read", "as root"),
     (GOOD, "engine", OK, "uring", ""),
     (with_(served__engine="threads", served__engine_reason="EPERM"), "engine", ADVICE, "threads: EPERM", "sysctl -w"),
     (with_(BEFORE, host__io_uring_disabled=2), "engine", ADVICE, "io_uring_disabled is 2", "sysctl -w"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -112,3 +113,10 @@ def test_no_module_imports_itself_through_others() -> None:
         assert lowest, f"a circle among {sorted(left)}"
         for module in lowest:
             del left[module]
+
+
+def test_iohangctl_starts_light() -> None:
+    """A check that runs each minute needs neither a file system, nor an event loop for one, nor a screen."""
+    program = "import sys, iohang_fuse.ctl; print(*({'trio', 'pyfuse3', 'rich'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == []

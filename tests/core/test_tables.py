@@ -65,6 +65,8 @@ def test_fstab_is_read() -> None:
     assert plan_for("/srv/nfs/vm/deeper", planned) == planned[0]
     assert plan_for("/srv/nfs", planned) == planned[0]
     assert plan_for("/srv", planned) is None
+    nested = Planned("server:/deep", "/srv/nfs/vm", "nfs")
+    assert plan_for("/srv/nfs/vm/deeper", [*planned, nested]) == nested
 
 
 def test_an_automount_that_waits_is_not_mounted() -> None:

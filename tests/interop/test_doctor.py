@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from qemu.qmp import QMPClient
 
+from iohang_fuse import survey
+from iohang_fuse.config import load, socket_of
 from iohang_fuse.presence import mount_table
 from tests.harness import FlakySource, Mount, mounted_at, wait_until
 
@@ -62,6 +67,15 @@ class Place:
         return FlakySource(self.path / "real", self.source, self.path / "trigger", self.path / "flaky.log")
 
 
+async def ask(monitor: Path, command: str) -> Any:
+    client = QMPClient("test")
+    await client.connect(str(monitor))
+    try:
+        return await client.execute(command)
+    finally:
+        await client.disconnect()
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
     yield Place(tmp_path)
@@ -100,6 +114,19 @@ def test_what_is_in_force_is_judged_not_what_was_asked_for(place: Place) -> None
         assert found["max_background"]["seen"] == "4096 is asked for, and 12 is in force"
         assert place.run(*CTL, "-m", place.mountpoint, "pause").returncode == 0
         assert place.doctor()[1]["holding"]["level"] == "warning"
+
+
+def test_the_monitor_tells_the_settings_that_the_mount_was_given(place: Place) -> None:
+    """`query-settings`: the options in force, each as config.py understands it."""
+    options = (
+        "allow_other,timeout=5min,read_timeout=inf,interval=2,errors=EIO:ENOSPC,timeout_errno=ENOSPC,held_limit=2G,write_log=8M,"
+        "max_background=100,engine=threads,direct=never,blocked_after=3"
+    )
+    with place.mount(options):
+        told = asyncio.run(ask(socket_of(place.mountpoint), "query-settings"))
+        settings = survey.settings_of(load(place.source, place.mountpoint, [options]))
+        assert survey.settings_told(told) == replace(settings, errors=settings.errors | {"EAGAIN"})
+        assert (told["recovery-gate"], told["attr-timeout"]) == (4, 1)
 
 
 def test_a_source_whose_mount_has_not_come(place: Place) -> None:

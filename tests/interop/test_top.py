@@ -15,7 +15,7 @@ import termios
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyte
 import pytest
@@ -70,6 +70,10 @@ class Terminal:
         )
         return self.text()
 
+    def now(self) -> list[Any]:
+        """Its state; see termios(3)."""
+        return termios.tcgetattr(self._slave)
+
     def press(self, keys: bytes) -> None:
         os.write(self._master, keys)
 
@@ -82,7 +86,7 @@ class Terminal:
 
         wait_until(ended, 60, "the end of iohangctl")
         self.text()
-        assert termios.tcgetattr(self._slave) == self.before
+        assert self.now() == self.before
         assert self.output.count(ALTERNATE_SCREEN) == self.output.count(ITS_END)
         assert self.output.rfind(b"\x1b[?25h") > self.output.rfind(b"\x1b[?25l") or b"\x1b[?25l" not in self.output
         return self.process.returncode
@@ -164,7 +168,10 @@ def test_whatever_ends_it_restores_the_terminal(site: Site, end: str) -> None:
     """Quits with q or Ctrl-C, restores the terminal; a signal is no other end, and Ctrl-Z none at all."""
     with Terminal("-s", site.socket, "top", "-d", "60") as terminal:
         terminal.wait_for("q quits")
-        terminal.press(b"\x1ax")
+        wait_until(lambda: not terminal.now()[3] & termios.ECHO, 20, "keys that come one by one, and unechoed")
+        assert terminal.now()[6][termios.VSUSP] == b"\0"
+        assert terminal.now()[3] & termios.ISIG
+        terminal.press(b"x")
         if end == "ctrl-c":
             terminal.press(b"\x03")
         elif end == "Q":

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
@@ -23,6 +23,8 @@ MOUNT = [sys.executable, "-m", "iohang_fuse.cli"]
 class Starting:
     """An iohang-mount that has been started, and what it has said so far."""
 
+    started: ClassVar[list[Starting]] = []
+
     def __init__(self, place: Path, source: Path, *options: str, foreground: bool = False) -> None:
         self.mountpoint = place / "mnt"
         self.mountpoint.mkdir(exist_ok=True)
@@ -36,6 +38,7 @@ class Starting:
                 stderr=out,
                 env={**os.environ, "LIBMOUNT_FSTAB": str(place / "fstab")},
             )
+        Starting.started.append(self)
 
     @property
     def said(self) -> list[str]:
@@ -48,6 +51,10 @@ class Starting:
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
+    while Starting.started:
+        process = Starting.started.pop().process
+        process.kill()  # whatever a failed test has left waiting
+        process.wait()
     for name in ("mnt", "nfs"):
         while mounted_at(tmp_path / name):
             subprocess.run(["umount", "-l", str(tmp_path / name)], check=True)
