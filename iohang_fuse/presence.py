@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LOOK_S = 5.0
 """How long a look at SOURCE may take before it counts as no answer: what the default of `blocked_after` is."""
 
+_SHORTEST_LOOK_S = 1.0
+"""A shorter one would say of a busy host that SOURCE does not answer."""
+
 _POLL_S = 1.0
 _TOLD_EACH_S = 10.0
 
@@ -52,7 +55,7 @@ def wait(source: str, span_s: float, tell: Callable[[str, float], None]) -> None
     told_s -= _TOLD_EACH_S
     while True:
         left_s = begin_s + span_s - time.monotonic()
-        problem = missing(sight(source, max(min(LOOK_S, left_s), 0.1)))
+        problem = missing(sight(source, max(min(LOOK_S, left_s), _SHORTEST_LOOK_S)))
         if problem is None:
             return
         left_s = begin_s + span_s - time.monotonic()
