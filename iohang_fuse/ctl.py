@@ -200,6 +200,8 @@ async def _top(given: argparse.Namespace) -> int:
 
 def _doctor(given: argparse.Namespace) -> int:
     """Not on an event loop: the survey forks. Raises `Problem` where there is no such mount."""
+    if given.mount and given.mountpoint and _real(given.mount) != _real(given.mountpoint):
+        raise Problem(f"-m {given.mountpoint} and {given.mount} are different mounts; say one of them")
     given.mountpoint = given.mount or given.mountpoint
     path = find_socket(given)
     answer, settings, why_not = asyncio.run(_asked_for_doctor(given, path))

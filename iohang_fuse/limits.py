@@ -170,9 +170,10 @@ def _a_request_fits_a_pipe() -> bool:
 
 
 def set_max_background_of(mountpoint: str, count: int) -> None:
-    """`set_max_background` for what is mounted there on top."""
+    """`set_max_background` for what is mounted there on top. Nothing, if it has been unmounted already."""
     ours = [mounted for mounted in presence.mount_table() if mounted.mountpoint == mountpoint]
-    set_max_background(ours[-1].device_minor, count)
+    if ours:
+        set_max_background(ours[-1].device_minor, count)
 
 
 def set_max_background(device_minor: int, count: int) -> None:

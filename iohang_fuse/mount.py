@@ -305,6 +305,9 @@ class _Server:
             )
         for problem in _limit_problems(self._config):
             log.warning("%s", problem.text)
+        unmounted = presence.unmounted_plan(str(self._config.source))
+        if unmounted is not None:
+            log.warning("%s: what is served is the directory beneath. See iohangctl doctor, and wait_source", unmounted)
         engine = self._requests.engine
         log.info("data I/O: engine %s%s", engine.name, f" ({engine.why_not})" if engine.why_not else "")
         timeout_s = _longest_timeout_s(self._config)

@@ -69,10 +69,15 @@ def wait(source: str, span_s: float, tell: Callable[[str, float], None]) -> None
 
 def missing(seen: Sight) -> str | None:
     """Why SOURCE is not there, as a clause; None if it is."""
-    plan = plan_for(seen.path, planned_mounts())
-    if plan is not None and not is_mounted(plan.mountpoint, mount_table()):
-        return f"{plan.mountpoint}, where /etc/fstab mounts {plan.source}, is not mounted"
-    return seen.problem
+    return unmounted_plan(seen.path) or seen.problem
+
+
+def unmounted_plan(path: str) -> str | None:
+    """That *path* lies under a mount point of /etc/fstab where nothing is mounted, as a clause; None if it does not."""
+    plan = plan_for(path, planned_mounts())
+    if plan is None or is_mounted(plan.mountpoint, mount_table()):
+        return None
+    return f"{plan.mountpoint}, where /etc/fstab mounts {plan.source}, is not mounted"
 
 
 def sight(source: str, limit_s: float = LOOK_S) -> Sight:

@@ -109,3 +109,8 @@ def test_the_system_can_be_read() -> None:
     system = limits.read_system()
     assert system.max_map_count > 0
     assert system.open_files != 0
+
+
+def test_a_mount_that_is_gone_already_needs_no_limit(tmp_path: Path) -> None:
+    """Who unmounts at once ends the server as ever, and not with a traceback."""
+    limits.set_max_background_of(str(tmp_path), 4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,9 +40,8 @@ class Place:
         self._mounts = 0
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LIBMOUNT_FSTAB": str(self.fstab)}
         command = [*map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def doctor(self) -> tuple[int, dict[str, dict[str, str]]]:
         """Exit code, and the worst finding about each thing."""
@@ -77,7 +77,8 @@ async def ask(monitor: Path, command: str) -> Any:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setenv("LIBMOUNT_FSTAB", str(tmp_path / "fstab"))
     yield Place(tmp_path)
     for name in ("mnt", "src"):
         while mounted_at(tmp_path / name):
@@ -137,6 +138,8 @@ def test_a_source_whose_mount_has_not_come(place: Place) -> None:
         assert code == 2
         assert "where /etc/fstab mounts images, and nothing is mounted there" in found["source"]["seen"]
         assert f"mount {place.source}" in found["source"]["do"]
+        log = "is not mounted: what is served is the directory beneath"
+        wait_until(lambda: log in (place.path / "mnt-1.log").read_text(), 20, "the log's warning")
         subprocess.run(["mount", "-T", str(place.fstab), str(place.source)], check=True)
         code, found = place.doctor()
         assert code == 2
@@ -181,13 +184,17 @@ def test_it_answers_while_the_source_hangs(place: Place) -> None:
 
 
 def test_a_server_that_is_gone(place: Place) -> None:
-    """A killed server leaves its mount and its socket; its settings are taken from /etc/fstab, and that is said."""
+    """A stuck one does not answer, a killed one leaves its mount and its socket; then options are those of /etc/fstab, and it says so."""
     (place.source / "a.img").touch()
     line = (
         f"{place.source} {place.mountpoint} iohang allow_other,timeout=15,x-systemd.requires-mounts-for={place.source}"
     )
     place.fstab.write_text(f"{line}\n")
     mount = place.mount("allow_other")
+    mount.process.send_signal(signal.SIGSTOP)
+    code, found = place.doctor()
+    assert (code, found["monitor"]["level"]) == (2, "problem")
+    assert "the server is stuck" in found["monitor"]["seen"]
     mount.process.kill()
     mount.process.wait()
     code, found = place.doctor()
@@ -210,6 +217,11 @@ def test_what_is_no_mount_is_unknown(place: Place) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
     assert "No such file" in done.stderr
     assert place.run(*CTL, "doctor", "--frob").returncode == 3
+    done = place.run(*CTL, "-m", "/mnt/a", "doctor", "/mnt/b")
+    assert (done.returncode, done.stderr) == (
+        3,
+        "iohangctl: -m /mnt/a and /mnt/b are different mounts; say one of them\n",
+    )
 
 
 def test_check_mounts_nothing(place: Place) -> None:
