@@ -184,7 +184,7 @@ def test_it_answers_while_the_source_hangs(place: Place) -> None:
 
 
 def test_a_server_that_is_gone(place: Place) -> None:
-    """A stuck one does not answer, a killed one leaves its mount and its socket; then options are those of /etc/fstab, and it says so."""
+    """A stuck one does not answer, a killed one leaves its mount and its socket; its options are then those of /etc/fstab."""
     (place.source / "a.img").touch()
     line = (
         f"{place.source} {place.mountpoint} iohang allow_other,timeout=15,x-systemd.requires-mounts-for={place.source}"
