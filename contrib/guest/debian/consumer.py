@@ -1,9 +1,10 @@
 """Inside the Debian guest: I/O without end on one image, O_DIRECT as QEMU does it, in the words that records.py reads.
 
-    python3 -m contrib.guest.debian.consumer IMAGE PORT [WORKERS]
+    python3 -m contrib.guest.debian.consumer IMAGE PORT
 
-What init.sh does in the small guest: each worker owns every WORKERS-th block of the image, writes one (then fsync), reads one back
-and compares it, and says begin and end of each on PORT. After SIGTERM it ends what is in flight, and says its totals.
+What init.sh does in the small guest: of 128 blocks, evenly spread over the image, each worker owns every second one; it writes one
+(then fsync), reads an earlier one back and compares it, and says begin and end of each on PORT. After SIGTERM it ends what is in
+flight, and says its totals.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from contrib.guest.records import BLOCK_BYTES, block_content
 if TYPE_CHECKING:
     from contrib.guest.records import Operation
 
-_STRIDE = 37
-"""As in init.sh: blocks are visited in steps of this prime."""
+_BLOCKS, _WORKERS, _STRIDE = 128, 2, 37
+"""As in guest.py and init.sh: a worker visits its blocks in steps of a prime that does not divide their number."""
+
+_SLOTS = _BLOCKS // _WORKERS
 
 _PAUSE_S = 0.05
 """Between two steps: the guest's CPU, emulated, is for others, too."""
@@ -32,15 +35,12 @@ _PAUSE_S = 0.05
 class Consumer:
     """The work on one image."""
 
-    def __init__(self, image: Path, port: Path, workers: int) -> None:
+    def __init__(self, image: Path, port: Path) -> None:
         self._fd = os.open(image, os.O_RDWR | os.O_DIRECT)
         self._port = os.open(port, os.O_WRONLY)
-        self._workers = workers
-        self._slots = os.fstat(self._fd).st_size // BLOCK_BYTES // workers
-        if self._slots < 2 or self._slots % _STRIDE == 0:
-            raise SystemExit(
-                f"{image}: {self._slots} blocks for each worker; need 2 or more, and no multiple of {_STRIDE}"
-            )
+        self._spacing = os.fstat(self._fd).st_size // _BLOCKS // BLOCK_BYTES * BLOCK_BYTES
+        if not self._spacing:
+            raise SystemExit(f"{image} has less than {_BLOCKS} blocks of {BLOCK_BYTES} bytes")
         self._run = secrets.token_hex(4)
         self._lock = threading.Lock()
         self._totals = dict.fromkeys(("writes", "reads", "mismatches", "errors"), 0)
@@ -48,9 +48,8 @@ class Consumer:
 
     def work(self) -> None:
         """Until `stop` is set and all is answered."""
-        blocks = self._slots * self._workers
-        self._say(f"READY run={self._run} blocks={blocks} workers={self._workers} spacing={BLOCK_BYTES} {_uptime()}")
-        threads = [threading.Thread(target=self._worker, args=(number,)) for number in range(self._workers)]
+        self._say(f"READY run={self._run} blocks={_BLOCKS} workers={_WORKERS} spacing={self._spacing} {_uptime()}")
+        threads = [threading.Thread(target=self._worker, args=(number,)) for number in range(_WORKERS)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -63,12 +62,12 @@ class Consumer:
         acknowledged: dict[int, int] = {}
         step = 0
         while not self.stop.wait(_PAUSE_S):
-            block = step * _STRIDE % self._slots * self._workers + number
-            passes = step // self._slots + 1
+            block = step * _STRIDE % _SLOTS * _WORKERS + number
+            passes = step // _SLOTS + 1
             acknowledged.pop(block, None)  # until the answer nobody knows what is there
             if self._step("write", passes, block, buffer):
                 acknowledged[block] = passes
-            earlier = (step - step * 31 % self._slots) * _STRIDE % self._slots * self._workers + number
+            earlier = max(step - step * 31 % _SLOTS, 0) * _STRIDE % _SLOTS * _WORKERS + number
             if earlier in acknowledged:
                 self._step("read", acknowledged[earlier], earlier, buffer)
             step += 1
@@ -80,10 +79,10 @@ class Consumer:
         try:
             if operation == "write":
                 buffer[:] = content
-                whole = os.pwritev(self._fd, [buffer], block * BLOCK_BYTES) == BLOCK_BYTES
+                whole = os.pwritev(self._fd, [buffer], block * self._spacing) == BLOCK_BYTES
                 os.fsync(self._fd)
             else:
-                whole = os.preadv(self._fd, [buffer], block * BLOCK_BYTES) == BLOCK_BYTES
+                whole = os.preadv(self._fd, [buffer], block * self._spacing) == BLOCK_BYTES
         except OSError as error:
             return self._ended(f"{what} ERROR {_uptime()} rc={error.errno} message={error.strerror}", "errors")
         if not whole or buffer[:] != content:
@@ -108,8 +107,8 @@ def _uptime() -> str:
 
 def main() -> None:
     """The command line."""
-    image, port, *workers = sys.argv[1:]
-    consumer = Consumer(Path(image), Path(port), int(workers[0]) if workers else 2)
+    image, port = sys.argv[1:]
+    consumer = Consumer(Path(image), Path(port))
     signal.signal(signal.SIGTERM, lambda *_: consumer.stop.set())
     consumer.work()
 

@@ -12,6 +12,7 @@ and a second such port is for what runs inside: lines as records.py reads them. 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -38,8 +39,12 @@ _CONSOLE, _CONTROL, _RECORDS = "console", "control", "records"
 
 _APPEND = (
     "console=ttyS0 loglevel=4 panic=-1 "  # a panic ends QEMU, with -no-reboot
-    "systemd.show_status=1 systemd.getty_auto=no SYSTEMD_COLORS=0 COLUMNS=200 mitigations=off"
+    "systemd.show_status=1 systemd.getty_auto=no SYSTEMD_COLORS=0 mitigations=off"
 )
+
+
+_ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|.)")
+"""systemd moves a terminal's cursor where a job takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,7 @@ class DebianGuest:
             if record is not None:
                 self._records.append(record)
             else:
-                self._console.append(Console(line, now_s))
+                self._console.append(Console(_ESCAPES.sub("", line), now_s))
 
 
 def _drive(path: Path, image_format: str, cache: str) -> list[str]:

@@ -54,7 +54,8 @@ _IMAGE_BYTES = 4 << 30
 _BUILD_TIMEOUT_S = 1800
 """Under a minute on an idle machine with a mirror nearby."""
 
-_TREE = Path(__file__).parents[3]
+TREE = Path(__file__).parents[3]
+"""Of the project."""
 _INIT = Path(__file__).with_name("init.sh")
 _AGENT = Path(__file__).with_name("agent.py")
 _AGENT_UNIT = Path(__file__).with_name("agent.service")
@@ -155,9 +156,9 @@ def payload(archive: Path, files: Mapping[str, str] | None = None) -> None:
 
 def _program_files() -> Iterator[tuple[Path, str]]:
     for package in ("iohang_fuse", "contrib"):
-        for path in sorted((_TREE / package).rglob("*")):
+        for path in sorted((TREE / package).rglob("*")):
             if path.is_file():
-                yield path, f"{_SITE}/{path.relative_to(_TREE)}"
+                yield path, f"{_SITE}/{path.relative_to(TREE)}"
     for distribution in _needed("iohang-fuse"):
         for file in distribution.files or ():
             path = Path(str(distribution.locate_file(file)))
