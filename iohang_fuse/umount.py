@@ -1,7 +1,7 @@
 """umount.fuse.iohang-mount: umount(8)'s helper, which comes back when the server has ended and SOURCE is free.
 
-umount(2) is done before the server has noticed. Whoever unmounts SOURCE next, as systemd does at shutdown with a line in fstab, would
-find it in use by a server that is about to end, and leave NFS mounted while the network goes.
+umount(2) is done before the server has noticed. Whoever unmounts SOURCE next, as systemd does at shutdown with a line in fstab,
+would find it in use by a server that is about to end, and leave NFS mounted while the network goes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EX_USAGE, EX_FAILURE = 1, 32  # umount(8) has mount(8)'s
 
 LONGEST_WAIT_S = 10.0
-"""For the server's end. One that goes on serves a copy of the mount in another mount namespace, or writes that have not returned."""
+"""For the server's end. One that goes on serves a copy of the mount in another mount namespace, or waits for SOURCE."""
 
 _PAUSE_S = 0.02
 
