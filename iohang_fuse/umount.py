@@ -2,11 +2,15 @@
 
 umount(2) is done before the server has noticed. Whoever unmounts SOURCE next, as systemd does at shutdown with a line in fstab,
 would find it in use by a server that is about to end, and leave NFS mounted while the network goes.
+
+umount(8) calls it where it has looked the mount up in its own table, /run/mount/utab: that is, where the mount was made with a word
+that is for mount(8) itself, such as `_netdev`. Without one it asks the kernel, which says `fuse`, and calls no helper of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -14,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iohang_fuse import syscalls
-from iohang_fuse.messages import error_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +62,9 @@ def unmount(mountpoint: str, *, lazy: bool, force: bool, verbose: bool) -> int:
     try:
         syscalls.umount(mountpoint, flags)
     except OSError as error:
-        return _failed(f"{mountpoint}: {error_words(error.errno)}", EX_FAILURE)
+        # As umount(8) has it without a helper.
+        words = {errno.EBUSY: "target is busy.", errno.EINVAL: "not mounted."}
+        return _failed(f"{mountpoint}: {words.get(error.errno or 0, error.strerror)}", EX_FAILURE)
     if verbose:
         sys.stdout.write(f"umount: {mountpoint} unmounted\n")
     if lazy:
