@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "status",
         "writelog"}  # fmt: skip
-EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver"}
+EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver", "umount"}
 SHELL = {*MODULES} - PURE - EDGE
 
 IMPURE = {"asyncio", "concurrent", "io", "os", "pathlib", "pyfuse3", "random", "select", "signal", "socket", "subprocess",
