@@ -65,11 +65,11 @@ def default_cache() -> Path:
     return Path(base) / "iohang-fuse" / "guest"
 
 
-def build(cache: Path | None = None, init: Path = _INIT) -> Kernel:
+def build(cache: Path | None = None, init: Path = _INIT, *, rebuild: bool = False) -> Kernel:
     """The kernel and an initramfs with the present init.sh (or *init*), made in *cache* where they are not there already.
 
-    The kernel is fetched once and then kept; remove the folder for a newer one. Several processes may call
-    this at once. Raises GuestUnavailableError where a program is missing or the kernel cannot be fetched.
+    The kernel is fetched once and then kept; *rebuild* fetches the newest. Several processes may call this
+    at once. Raises GuestUnavailableError where a program is missing or the kernel cannot be fetched.
     """
     cache = cache or default_cache()
     require(_PACKAGES)
@@ -80,7 +80,7 @@ def build(cache: Path | None = None, init: Path = _INIT) -> Kernel:
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = cache / "kernel"
-        if not (folder / _MODULE_TREE).exists():  # one without it is an earlier version's
+        if rebuild or not (folder / _MODULE_TREE).exists():  # one without it is an earlier version's
             shutil.rmtree(folder, ignore_errors=True)
             _fetch_kernel(folder)
         release = (folder / "release").read_text().strip()

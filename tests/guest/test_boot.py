@@ -222,6 +222,9 @@ def test_a_host_boots_rides_out_an_outage_and_powers_off(tmp_path: Path) -> None
                 "fuse.iohang-mount",
             ]
         assert 'Status: "serving /srv/vm at /mnt/iohang"' in guest.run("systemctl", "status", "--no-pager", UNIT)
+        guest.run(
+            "modprobe", "--dry-run", "--all", "nfs", "nfsd", "nf_tables", "sch_netem"
+        )  # for guests that want more
         site.works()
 
         site.hangs()

@@ -86,15 +86,16 @@ def build(cache: Path | None = None, extra: Iterable[str] = (), *, rebuild: bool
     if sys.version_info[:2] != (3, 11):
         raise GuestUnavailableError("a Debian 12 guest gets this environment's packages: run this with Python 3.11")
     cache = cache or kernel.default_cache()
-    if rebuild:
-        shutil.rmtree(cache / "kernel", ignore_errors=True)
-    booted = kernel.build(cache, _INIT)
+    booted = kernel.build(cache, _INIT, rebuild=rebuild)
     packages = sorted({*PACKAGES, *extra})
     digest = hashlib.sha256(" ".join([_RECIPE, SUITE, booted.release, *packages]).encode()).hexdigest()
     image = cache / f"debian-{digest[:16]}.ext4"
     with (cache / "lock-debian").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if rebuild or not image.exists():
+        if rebuild:
+            for old in cache.glob("debian-*.ext4"):  # of other kernels, too; who has one open keeps it
+                old.unlink()
+        if not image.exists():
             _make_image(image, packages, booted)
     return Debian(booted, image)
 
