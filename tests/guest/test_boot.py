@@ -95,15 +95,23 @@ TimeoutStopSec=2s
 
 
 def site_files(unit_timeout: str, fstab_timeout: str, drop_in: str = "") -> dict[str, str]:
-    """The guest as an administrator would set it up: units, a drop-in for the instance, and fstab."""
+    """The guest as an administrator sets it up, from contrib/systemd: the unit, its drop-in, and the line for fstab."""
+
+    def shipped(name: str, timeout: str) -> str:
+        text = (TREE / "contrib" / "systemd" / name).read_text()
+        assert "timeout=5min" in text
+        return text.replace("/srv/nfs/vm", "/srv/vm").replace("timeout=5min", f"timeout={timeout},interval=1")
+
     unit = (TREE / "contrib" / "systemd" / "iohang@.service").read_text()
     wanted_by = re.search(r"^WantedBy=(\S+)$", unit, re.MULTILINE)
+    line = re.search(r"^/srv/vm .*$", shipped("fstab", fstab_timeout), re.MULTILINE)
     assert wanted_by is not None
+    assert line is not None
     units = "/etc/systemd/system"
     return {
         "/etc/fstab": (
             "/dev/mapper/source /srv/vm ext4 _netdev,x-systemd.requires=source-disk.service,x-systemd.device-timeout=600 0 0\n"
-            f"/srv/vm /mnt/fstab iohang timeout={fstab_timeout},interval=1,_netdev,x-systemd.requires-mounts-for=/srv/vm 0 0\n"
+            f"{line[0].replace('/mnt/iohang', '/mnt/fstab')}\n"
         ),
         "/srv/vm/not-mounted-yet": "The directory beneath the source's mount.\n",
         "/mnt/iohang/.keep": "",
@@ -116,10 +124,7 @@ def site_files(unit_timeout: str, fstab_timeout: str, drop_in: str = "") -> dict
         f"{units}/multi-user.target.wants/other-consumer.service": "-> ../other-consumer.service",
         f"{units}/iohang@.service": unit,
         f"{units}/{wanted_by[1]}.wants/{UNIT}": "-> ../iohang@.service",  # what `systemctl enable` does
-        f"{units}/{UNIT}.d/mount.conf": (
-            "[Unit]\nRequiresMountsFor=/srv/vm\n"
-            f"[Service]\nEnvironment=SOURCE=/srv/vm\nEnvironment=OPTIONS=timeout={unit_timeout},interval=1\n{drop_in}"
-        ),
+        f"{units}/{UNIT}.d/mount.conf": shipped("mount.conf", unit_timeout) + drop_in,
     }
 
 

@@ -22,6 +22,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,9 +65,6 @@ _PROGRAMS = {"debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "depmod": "kmo
 
 _SITE = "usr/local/lib/python3.11/dist-packages"
 """Debian's Python 3.11 looks here."""
-
-_SCRIPTS = {"iohang-mount": "cli", "iohangctl": "ctl", "iohang-flaky": "flaky"}
-"""As pyproject.toml has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +187,12 @@ def _own_files() -> dict[str, str]:
         "usr/local/lib/iohang-guest/agent.py": _AGENT.read_text(),
         "etc/systemd/system/iohang-agent.service": _AGENT_UNIT.read_text(),
         "etc/systemd/system/multi-user.target.wants/iohang-agent.service": "-> ../iohang-agent.service",
-        "usr/sbin/mount.iohang": "-> /usr/bin/iohang-mount",  # the link that contrib/setup makes
     }
-    for name, module in _SCRIPTS.items():
-        files[f"usr/bin/{name}"] = (
-            f"#!/usr/bin/python3\nimport sys\nfrom iohang_fuse.{module} import main\nsys.exit(main())\n"
+    for name, entry in tomllib.loads((TREE / "pyproject.toml").read_text())["project"]["scripts"].items():
+        module, function = entry.split(":")
+        folder = "usr/sbin" if "." in name else "usr/bin"  # mount(8) and umount(8) look for their helpers in /sbin
+        files[f"{folder}/{name}"] = (
+            f"#!/usr/bin/python3\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
         )
     return files
 
