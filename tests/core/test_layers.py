@@ -14,8 +14,9 @@ import iohang_fuse
 PACKAGE = Path(iohang_fuse.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
-PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "writelog"}
-EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver"}
+PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "status",
+        "writelog"}  # fmt: skip
+EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver", "umount"}
 SHELL = {*MODULES} - PURE - EDGE
 
 IMPURE = {"asyncio", "concurrent", "io", "os", "pathlib", "pyfuse3", "random", "select", "signal", "socket", "subprocess",
