@@ -40,6 +40,9 @@ class _Pipe:
         self._fd: int | None = fd
 
     def serving(self) -> None:
+        # Not before the mount is there and has answered: until then whoever is not of the process group of the automounter (systemd
+        # starts mount(8) in its own) waits at the mount point for the mount - mount(2) itself included; see autofs_d_manage().
+        os.setsid()
         _let_go_of_terminal()
         self._say(b"0")
 
@@ -72,7 +75,6 @@ def run(serve: Callable[[Started], int], complain: Callable[[str], None]) -> int
         complain(f"the server ended before it served ({_ending(status)}); its log says more")
         return 32
     os.close(receive)
-    os.setsid()
     os.chdir("/")
     code = 32
     try:

@@ -369,6 +369,11 @@ class _Options:
                     self._take(name, re.sub(r'\\([",])|"', r"\1", value) if equals else None)
             except ConfigError as error:
                 self.problems += error.problems
+        if (
+            self.exit_code == MOUNT_FAILURE
+        ):  # a remount: mount(8) adds what the mount has by now, which is nobody's mistake
+            added = {f"option {name}: {REFUSED[name]}" for name in ("user_id", "group_id")}
+            self.problems = [problem for problem in self.problems if problem not in added]
 
     @property
     def mount_words(self) -> tuple[str, ...]:

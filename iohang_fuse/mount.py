@@ -6,6 +6,7 @@ then the parent is told. Unmounting is the reverse, and says who is in the way.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -27,8 +28,10 @@ from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.messages import error_words, sentence, span_words
 from iohang_fuse.monitor import Monitor
 from iohang_fuse.mountwords import libfuse_escaped
+from iohang_fuse.notify import Notify
 from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
+from iohang_fuse.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +40,13 @@ log = logging.getLogger(__name__)
 
 SUBTYPE = "iohang-mount"  # findmnt shows fuse.iohang-mount: the type that fstab has, too
 EX_USAGE, EX_SYSTEM, EX_INTERRUPTED, EX_FAILURE = 1, 2, 8, 32  # mount(8), EXIT STATUS
+
+_WHEN_FREE_S = 600.0
+"""After a first SIGTERM that found the mount in use: how long it is unmounted as soon as it is free. Long enough for guests to
+shut down; not for ever, or a SIGTERM that everybody has forgotten would take the mount away between two runs of a guest."""
+
+_START_EXTENSION_S = 60.0
+"""What a start that waits for SOURCE asks for each ten seconds, so that systemd's TimeoutStartSec= does not end it."""
 
 _LAST_CLOSE_S = 10.0
 """After a second SIGTERM: how long consumers get to close their files before they lose the mount."""
@@ -52,21 +62,24 @@ class Refusal(Exception):
 
 def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool = False) -> int:
     """Mount and serve. Returns the exit code: of the server in the foreground, of the start in the background."""
+    # In the background nobody is told: a NOTIFY_SOCKET there is that of somebody else, who called mount(8).
+    notify = Notify.from_environment() if foreground else Notify()
     try:
         if not fake:
-            wait_for_source(config, tell_stderr)
+            wait_for_source(config, functools.partial(say_waiting, notify))
         mountpoint = check_paths(config)
         check_log(config)
         limits.raise_open_files()
         check_limits(config)
     except Refusal as refusal:
         print(f"iohang-mount: {refusal}", file=sys.stderr)  # noqa: T201
+        notify.tell(STATUS=refusal)
         return refusal.code
     if fake:
         return 0
     if foreground:
         with logs.to_stderr_or(config.log, verbose=verbose):
-            return _serve(config, mountpoint, started=background.NoParent())
+            return _serve(config, mountpoint, started=background.NoParent(), notify=notify)
     return background.run(
         lambda started: _in_background(config, mountpoint, verbose=verbose, started=started),
         complain=lambda text: print(f"iohang-mount: {text}", file=sys.stderr),  # noqa: T201
@@ -75,7 +88,7 @@ def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool =
 
 def _in_background(config: Config, mountpoint: str, *, verbose: bool, started: background.Started) -> int:
     with logs.to_syslog_or(config.log, verbose=verbose):
-        return _serve(config, mountpoint, started=started)
+        return _serve(config, mountpoint, started=started, notify=Notify())
 
 
 # ---- checks
@@ -96,9 +109,11 @@ def wait_for_source(config: Config, tell: Callable[[str, float], None]) -> None:
         raise Refusal(EX_INTERRUPTED, f"interrupted while it waited for SOURCE {config.source} (wait_source)") from None
 
 
-def tell_stderr(what: str, left_s: float) -> None:
-    """What is waited for."""
-    print(f"iohang-mount: {what}; waiting for up to {span_words(left_s)}", file=sys.stderr, flush=True)  # noqa: T201
+def say_waiting(notify: Notify, what: str, left_s: float) -> None:
+    """What is waited for; and a service manager gives the start more time, until the next word in ten seconds."""
+    said = f"{what}; waiting for up to {span_words(left_s)}"
+    print(f"iohang-mount: {said}", file=sys.stderr, flush=True)  # noqa: T201
+    notify.extend_timeout(_START_EXTENSION_S, STATUS=said)
 
 
 def check_paths(config: Config) -> str:
@@ -179,19 +194,20 @@ def _limit_problems(config: Config) -> list[limits.Problem]:
 # ---- serving
 
 
-def _serve(config: Config, mountpoint: str, *, started: background.Started) -> int:
+def _serve(config: Config, mountpoint: str, *, started: background.Started, notify: Notify) -> int:
     try:
-        return trio.run(_Server(config, mountpoint, started).run)
+        return trio.run(_Server(config, mountpoint, started, notify).run)
     except Refusal as refusal:
         log.error("%s", refusal)  # noqa: TRY400 - the line says it all
         started.refused(refusal.code, str(refusal))
+        notify.tell(STATUS=refusal)
         return refusal.code
 
 
 class _Server:
     """One serving process."""
 
-    def __init__(self, config: Config, mountpoint: str, started: background.Started) -> None:
+    def __init__(self, config: Config, mountpoint: str, started: background.Started, notify: Notify) -> None:
         self._config = config
         self._mountpoint = mountpoint
         self._started = started
@@ -210,7 +226,11 @@ class _Server:
         if engine.ring is not None:
             self._requests.others_wait = receiver.others_wait
         self._monitor = self._make_monitor()
+        self._service = Service(notify, self._requests, f"serving {config.source} at {mountpoint}")
+        self._requests.listen(self._service.tell)
         self._unmounted = False
+        self._free_by_s = 0.0
+        self._device_minor = 0
         self._detached = False
         self._refusal: Refusal | None = None
 
@@ -273,6 +293,7 @@ class _Server:
                 nursery.start_soon(self._requests.serve, nursery)
                 nursery.start_soon(self._mind_signals, nursery)
                 nursery.start_soon(self._announce)
+                nursery.start_soon(self._service.serve)
                 if self._monitor is not None:
                     nursery.start_soon(self._monitor.serve)
                 await receiver.main()
@@ -290,7 +311,8 @@ class _Server:
     async def _announce(self) -> None:
         """Once the mount answers, with all limits in force: say so."""
         try:
-            await trio.to_thread.run_sync(os.stat, self._mountpoint)
+            status = await trio.to_thread.run_sync(os.stat, self._mountpoint)
+            self._device_minor = os.minor(status.st_dev)
         except OSError as error:
             self._refusal = Refusal(EX_FAILURE, f"SOURCE {self._config.source}: {error_words(error.errno)}")
             await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, syscalls.MNT_DETACH)
@@ -316,6 +338,7 @@ class _Server:
             self._config.source, self._mountpoint, os.getpid(), _policy(self._config).interval_s, f"{timeout_s:g}",
         )  # fmt: skip
         self._started.serving()
+        self._service.ready()
 
     # ---- signals
 
@@ -340,9 +363,7 @@ class _Server:
         try:
             if not self._unmounted:
                 await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, flags)
-            # We end when the kernel says that the last copy of the mount is gone. A service with a mount namespace of its
-            # own (systemd's PrivateTmp= and the like) may have one for as long as it runs.
-            self._unmounted = True
+            self._is_unmounted()
         except OSError as error:
             if error.errno != errno.EBUSY:
                 log.error(  # noqa: TRY400 - the errno says it all
@@ -351,22 +372,54 @@ class _Server:
                 return
             users = await trio.to_thread.run_sync(diagnosis.users_of, self._mountpoint)
             held = sum(len(image.held.held) for image in self._requests.images.values())
+            by = (
+                ", ".join(users) or "a process that was killed and waits for its I/O, or one in another mount namespace"
+            )
             log.warning(
-                "%s: %s stays mounted, it is in use by %s (%d requests held). Stop them, or send the signal again to "
-                "detach the mount and end what is held with an error.",
-                why,
-                self._mountpoint,
-                ", ".join(users) or "a process that was killed and waits for its I/O, or one in another mount namespace",
-                held,
+                "%s: %s stays mounted, it is in use by %s (%d requests held). It is unmounted when they have ended within %g min. "
+                "Stop them, or send the signal again to detach the mount and end what is held with an error.",
+                why, self._mountpoint, by, held, _WHEN_FREE_S / 60,
             )  # fmt: skip
+            self._service.asked_to_end(f"{why}: {self._mountpoint} stays mounted, it is in use by {by}")
+            is_watched = trio.current_time() < self._free_by_s
+            self._free_by_s = trio.current_time() + _WHEN_FREE_S
+            if not is_watched:
+                nursery.start_soon(self._unmount_when_free)
             return
         if not insist:
             return
         self._detached = True
+        self._service.asked_to_end("detached; open files are being closed")
         self._requests.hold_no_more()
         log.warning("%s again: %s is detached; held requests have their errors. Open files have %g s to be closed.",
                     why, self._mountpoint, _LAST_CLOSE_S)  # fmt: skip
         nursery.start_soon(self._end, nursery)
+
+    def _is_unmounted(self) -> None:
+        # We end when the kernel says that the last copy of the mount is gone. A service with a mount namespace of its
+        # own (systemd's PrivateTmp= and the like) may have one for as long as it runs.
+        self._unmounted = True
+        self._service.asked_to_end("unmounted; serving the copies in other mount namespaces, if there are any")
+
+    async def _unmount_when_free(self) -> None:
+        """Guests that are shutting down leave one by one; systemd sends its signal once."""
+        while trio.current_time() < self._free_by_s:
+            await trio.sleep(1)
+            if self._unmounted or self._detached:
+                return
+            if not self._on_top():
+                break
+            with contextlib.suppress(OSError):
+                await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, 0)
+                self._is_unmounted()
+                return
+        self._service.goes_on()
+        log.warning("%s is still in use, and stays mounted", self._mountpoint)
+
+    def _on_top(self) -> bool:
+        """Whether it is us whom umount(2) would take away there, and not what somebody has mounted since."""
+        there = [mounted for mounted in presence.mount_table() if mounted.mountpoint == self._mountpoint]
+        return bool(there) and there[-1].device_minor == self._device_minor
 
     async def _end(self, nursery: trio.Nursery) -> None:
         """Time for the last close, and as long as it takes for writes inside a system call: ending would answer them (P5)."""
@@ -385,6 +438,7 @@ class _Server:
         _end_now(nursery)
 
     async def _say_goodbye(self, why: str) -> None:
+        self._service.ending(f"{self._mountpoint} is {why}")
         if self._monitor is not None:
             self._monitor.shut_down(why)
             await trio.sleep(0.05)  # for the word to go out

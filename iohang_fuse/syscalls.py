@@ -27,7 +27,7 @@ _AT_EACCESS = 0x200
 _AT_EMPTY_PATH = 0x1000
 _UTIME_OMIT = (1 << 30) - 2  # linux/stat.h
 
-MNT_DETACH = 2
+MNT_FORCE, MNT_DETACH = 1, 2
 
 NFS_SUPER_MAGIC = 0x6969
 FUSE_SUPER_MAGIC = 0x65735546
@@ -162,5 +162,5 @@ def mount(source: str, target: str, fstype: str) -> None:
 
 
 def umount(target: str, flags: int = 0) -> None:
-    """umount2(2). Raises EBUSY while somebody uses the mount, unless *flags* is MNT_DETACH."""
+    """umount2(2). Raises EBUSY while somebody uses the mount, unless *flags* has MNT_DETACH."""
     _check(_libc.umount2(os.fsencode(target), ctypes.c_int(flags)), os.fsencode(target))

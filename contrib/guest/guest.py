@@ -6,21 +6,18 @@
         guest.finish()
     assert not verify_image(Path("/srv/nfs/vm/disk.img"), guest.records).mismatches
 
-What lives here is QEMU's life and the two serial ports; records.py knows what the lines mean, kernel.py what
-is booted, init.sh is what runs inside.
+machine.py is QEMU's life and its ports, records.py knows what the lines mean, kernel.py what is booted, init.sh is what
+runs inside. debian/ has a guest that boots Debian with systemd.
 """
 
 from __future__ import annotations
 
 import secrets
-import selectors
-import socket
-import subprocess
 import threading
-import time
 from typing import TYPE_CHECKING, Self
 
 from contrib.guest.kernel import GuestUnavailableError, Kernel, build, default_cache
+from contrib.guest.machine import QEMU, Machine
 from contrib.guest.records import (
     BLOCK_BYTES,
     DmesgEnd,
@@ -42,7 +39,6 @@ from contrib.guest.records import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from io import FileIO
     from pathlib import Path
 
 __all__ = [
@@ -67,15 +63,10 @@ __all__ = [
 ]
 
 _CONSOLE, _RECORDS = "console", "records"
-"""The two serial ports: the kernel's own, and the workload's, whose lines no printk may cut."""
+"""The two serial ports: the kernel's own (ttyS0), and the workload's (ttyS1), whose lines no printk may cut."""
 
 _STRIDE = 37
 """init.sh visits the blocks of a worker in steps of this prime, so it must not divide their number."""
-
-_POLL_S = 0.02
-
-_KILL_TIMEOUT_S = 10
-"""Even SIGKILL waits for I/O that a FUSE server holds; longer than this is for the caller to know."""
 
 
 class Guest:
@@ -112,7 +103,6 @@ class Guest:
             raise ValueError(
                 f"{blocks} blocks for {workers} workers: need a multiple, whose quotient is none of {_STRIDE}"
             )
-        self.log = log
         drive = f"file={str(image).replace(',', ',,')},format={image_format},if=none,id=d,cache={cache}"
         for name, value in (("aio", aio), ("werror", werror), ("rerror", rerror)):
             drive += f",{name}={value}" if value else ""
@@ -121,11 +111,8 @@ class Guest:
             f"console=ttyS0 loglevel=5 panic=-1 iohang_run={secrets.token_hex(4)} iohang_blocks={blocks}"
             f" iohang_workers={workers} iohang_duration_s={duration_s} iohang_dd_mib={dd_mib}"
         )
-        self._command = [
-            # A QEMU never outlives us, even if we are killed: see _serve for the thread that starts it.
-            "setpriv", "--pdeathsig", "KILL",
-            "qemu-system-x86_64", "-accel", "tcg", "-m", f"{memory_mib}M",
-            "-nodefaults", "-nographic", "-no-reboot", "-monitor", "none",
+        command = [
+            *QEMU, "-m", f"{memory_mib}M", "-no-reboot", "-monitor", "none",
             "-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs), "-append", append,
             "-drive", drive, "-device", "virtio-blk-pci,drive=d",
             *(["-qmp", f"unix:{qmp},server=on,wait=off"] if qmp else []),
@@ -134,27 +121,14 @@ class Guest:
         self._lock = threading.Lock()
         self._records: list[Record] = []
         self._unparsed: list[str] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ports: dict[str, socket.socket] = {}
-        self._started = threading.Event()
-        self._start_error: OSError | None = None
-        self._thread: threading.Thread | None = None
+        ports = {name: ["-serial", f"chardev:{name}"] for name in (_CONSOLE, _RECORDS)}
+        self._machine = Machine(command, ports, self._take, log)
 
     # Life
 
     def start(self) -> None:
         """Start QEMU; raises OSError if it cannot be."""
-        if self._thread is not None:
-            raise RuntimeError("a Guest runs once")
-        log = self.log.open("ab", buffering=0)
-        far_ports = {}
-        for name in (_CONSOLE, _RECORDS):
-            self._ports[name], far_ports[name] = socket.socketpair()
-        self._thread = threading.Thread(target=self._serve, args=(log, far_ports), name="guest", daemon=True)
-        self._thread.start()
-        self._started.wait()
-        if self._start_error is not None:
-            raise self._start_error
+        self._machine.start()
 
     def wait_ready(self, timeout_s: float = 60) -> Ready:
         """Wait until the guest has booted and its I/O starts."""
@@ -167,26 +141,11 @@ class Guest:
 
         Raises RuntimeError if QEMU ends before that, TimeoutError after *timeout_s*.
         """
-        deadline_s = time.monotonic() + timeout_s
-        while not condition():
-            if not self.running:
-                # Its last lines may still be on their way.
-                self._join()
-                if condition():
-                    return
-                raise RuntimeError(f"QEMU ended while waiting for {what}; {self._log_end()}")
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"not within {timeout_s} s: {what}; {self._log_end()}")
-            time.sleep(_POLL_S)
+        self._machine.wait_for(condition, timeout_s, what)
 
     def say(self, word: str) -> None:
         """Send the guest a word: stop, dmesg, poweroff; raises RuntimeError if QEMU has ended."""
-        if not self.running:
-            raise RuntimeError(f"QEMU is not running; {self._log_end()}")
-        try:
-            self._ports[_RECORDS].sendall(word.encode() + b"\n")
-        except OSError as error:
-            raise RuntimeError(f"QEMU has ended; {self._log_end()}") from error
+        self._machine.say(_RECORDS, word)
 
     def finish(self, timeout_s: float = 60) -> Done:
         """End the guest's I/O, wait until all of it is answered and for the guest's totals, then stop."""
@@ -214,35 +173,14 @@ class Guest:
                 self.say("poweroff")
             except RuntimeError:
                 timeout_s = 0
-            if not self._gone(timeout_s):
-                self._signal(subprocess.Popen.terminate)
-                self._gone(timeout_s / 2)
+            if not self._machine.gone(timeout_s):
+                self._machine.terminate()
+                self._machine.gone(timeout_s / 2)
         self.kill()
 
     def kill(self) -> None:
         """SIGKILL at once, as a crash of the host would; raises TimeoutError as stop() does."""
-        self._signal(subprocess.Popen.kill)
-        if not self._gone(_KILL_TIMEOUT_S):
-            raise TimeoutError(f"QEMU (process {self.pid}) waits for its I/O even after SIGKILL")
-        self._join()
-        for port in self._ports.values():
-            port.close()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join(_KILL_TIMEOUT_S)
-
-    def _signal(self, send: Callable[[subprocess.Popen[bytes]], None]) -> None:
-        if self._process is not None and self.running:
-            send(self._process)
-
-    def _gone(self, timeout_s: float) -> bool:
-        deadline_s = time.monotonic() + timeout_s
-        while self.running:
-            if time.monotonic() > deadline_s:
-                return False
-            time.sleep(_POLL_S)
-        return True
+        self._machine.kill()
 
     def __enter__(self) -> Self:
         try:
@@ -262,14 +200,12 @@ class Guest:
     @property
     def running(self) -> bool:
         """Whether there is a QEMU."""
-        return self._process is not None and self._process.poll() is None
+        return self._machine.running
 
     @property
     def pid(self) -> int:
         """QEMU's process id; raises RuntimeError before start()."""
-        if self._process is None:
-            raise RuntimeError("the guest has not been started")
-        return self._process.pid
+        return self._machine.pid
 
     # What the guest has said
 
@@ -331,61 +267,6 @@ class Guest:
         messages = (record for record in self.records if isinstance(record, KernelMessage) and record.is_io_error)
         return tuple(dict.fromkeys(message.text for message in messages))
 
-    # The thread
-
-    def _serve(self, log: FileIO, far_ports: dict[str, socket.socket]) -> None:
-        """Start QEMU and read both its serial ports until it ends.
-
-        One thread for both: the parent-death signal comes when the *thread* that started the process ends
-        (prctl(2)).
-        """
-        with log:
-            try:
-                self._process = self._popen(log, far_ports)
-            except OSError as error:
-                self._start_error = error
-                return
-            finally:
-                for far in far_ports.values():
-                    far.close()
-                self._started.set()
-            self._read_ports(log)
-            self._process.wait()
-
-    def _popen(self, log: FileIO, far_ports: dict[str, socket.socket]) -> subprocess.Popen[bytes]:
-        # QEMU's first serial port is the kernel's ttyS0, the second its ttyS1.
-        serial = []
-        for name, far in far_ports.items():
-            serial += ["-chardev", f"socket,id={name},fd={far.fileno()}", "-serial", f"chardev:{name}"]
-        return subprocess.Popen(
-            [*self._command, *serial],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[far.fileno() for far in far_ports.values()],
-        )
-
-    def _read_ports(self, log: FileIO) -> None:
-        started_s = time.monotonic()
-        partial = dict.fromkeys(self._ports, b"")
-        with selectors.DefaultSelector() as selector:
-            for name, port in self._ports.items():
-                selector.register(port, selectors.EVENT_READ, name)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    name = key.data
-                    try:
-                        data = self._ports[name].recv(65536)
-                    except ConnectionResetError:
-                        data = b""
-                    if not data:
-                        selector.unregister(key.fileobj)
-                    *lines, partial[name] = (partial[name] + data).split(b"\n")
-                    now_s = time.monotonic()
-                    for line in lines:
-                        log.write(b"%9.3f " % (now_s - started_s) + line + b"\n")
-                        self._take(name, line.decode(errors="replace").rstrip("\r"), now_s)
-
     def _take(self, port: str, line: str, now_s: float) -> None:
         record = KernelMessage(line, "console", now_s) if port == _CONSOLE else parse_record(line, now_s)
         with self._lock:
@@ -393,7 +274,3 @@ class Guest:
                 self._records.append(record)
             else:
                 self._unparsed.append(line)
-
-    def _log_end(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-20:]
-        return f"the end of {self.log}:\n" + "\n".join(lines)

@@ -20,6 +20,9 @@ _METAPACKAGE = "linux-image-cloud-amd64"
 
 _INIT = Path(__file__).with_name("init.sh")
 
+_MODULE_TREE = "modules"
+"""All of the kernel's modules, as /lib/modules has them: for a guest with a root file system of its own (debian/image.py)."""
+
 _MODULES = (
     "virtio_ring",
     "virtio",
@@ -53,6 +56,7 @@ class Kernel:
     release: str
     vmlinuz: Path
     initramfs: Path
+    modules: Path  # what belongs in /lib/modules
 
 
 def default_cache() -> Path:
@@ -61,14 +65,14 @@ def default_cache() -> Path:
     return Path(base) / "iohang-fuse" / "guest"
 
 
-def build(cache: Path | None = None) -> Kernel:
-    """The kernel and an initramfs with the present init.sh, made in *cache* where they are not there already.
+def build(cache: Path | None = None, init: Path = _INIT, *, rebuild: bool = False) -> Kernel:
+    """The kernel and an initramfs with the present init.sh (or *init*), made in *cache* where they are not there already.
 
-    The kernel is fetched once and then kept; remove the folder for a newer one. Several processes may call
-    this at once. Raises GuestUnavailableError where a program is missing or the kernel cannot be fetched.
+    The kernel is fetched once and then kept; *rebuild* fetches the newest. Several processes may call this
+    at once. Raises GuestUnavailableError where a program is missing or the kernel cannot be fetched.
     """
     cache = cache or default_cache()
-    _require(_PACKAGES)
+    require(_PACKAGES)
     busybox = Path(shutil.which("busybox") or "busybox").resolve()
     if b"ld-linux" in _program_interpreter(busybox):
         raise GuestUnavailableError(f"a guest needs a static busybox, {busybox} is not: apt-get install busybox-static")
@@ -76,14 +80,16 @@ def build(cache: Path | None = None) -> Kernel:
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = cache / "kernel"
-        if not folder.exists():
+        if rebuild or not (folder / _MODULE_TREE).exists():  # one without it is an earlier version's
+            shutil.rmtree(folder, ignore_errors=True)
             _fetch_kernel(folder)
         release = (folder / "release").read_text().strip()
-        initramfs = _initramfs(cache, folder, busybox, release)
-    return Kernel(release, folder / "vmlinuz", initramfs)
+        initramfs = _initramfs(cache, folder, busybox, release, init)
+    return Kernel(release, folder / "vmlinuz", initramfs, folder / _MODULE_TREE)
 
 
-def _require(programs: dict[str, str]) -> None:
+def require(programs: dict[str, str]) -> None:
+    """Raises GuestUnavailableError that names the packages of those *programs* (program: package) that are not there."""
     missing = sorted({package for program, package in programs.items() if shutil.which(program) is None})
     if missing:
         raise GuestUnavailableError(f"a guest needs: apt-get install {' '.join(missing)}")
@@ -96,14 +102,14 @@ def _program_interpreter(program: Path) -> bytes:
 
 
 def _fetch_kernel(folder: Path) -> None:
-    """Download and unpack the kernel package: *folder* then has vmlinuz, release and modules as NAME.ko."""
-    _require(_FETCHERS)
+    """Download and unpack the kernel package: *folder* then has vmlinuz, release, modules/ and those for booting as NAME.ko."""
+    require(_FETCHERS)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="kernel.") as work_name:
         work = Path(work_name)
         package = _kernel_package()
-        _run("apt-get", "download", package, cwd=work)
+        run("apt-get", "download", package, cwd=work)
         archive = next(work.glob("*.deb"))
-        _run("dpkg-deb", "-x", str(archive), "unpacked", cwd=work)
+        run("dpkg-deb", "-x", str(archive), "unpacked", cwd=work)
         vmlinuz = next((work / "unpacked" / "boot").glob("vmlinuz-*"))
         release = vmlinuz.name.removeprefix("vmlinuz-")
         ready = work / "ready"
@@ -116,43 +122,44 @@ def _fetch_kernel(folder: Path) -> None:
             data = found[0].read_bytes()
             # From Debian 13 on the modules are compressed, and busybox's insmod need not know how.
             (ready / f"{module}.ko").write_bytes(lzma.decompress(data) if found[0].suffix == ".xz" else data)
+        (work / "unpacked" / "lib" / "modules").rename(ready / _MODULE_TREE)
         (ready / "release").write_text(release + "\n")
         ready.rename(folder)
 
 
 def _kernel_package() -> str:
     """The package behind the metapackage; its name carries the version, so it must be asked for."""
-    for line in _run("apt-cache", "depends", "--important", _METAPACKAGE).splitlines():
+    for line in run("apt-cache", "depends", "--important", _METAPACKAGE).splitlines():
         word, _, package = line.strip().partition("Depends: ")
         if not word and package.startswith("linux-image-"):
             return package
     raise GuestUnavailableError(f"apt knows no {_METAPACKAGE}: this needs Debian's package lists (apt-get update)")
 
 
-def _initramfs(cache: Path, folder: Path, busybox: Path, release: str) -> Path:
-    """The initramfs for the present init.sh and busybox, named after what is in it."""
-    digest = hashlib.sha256(release.encode() + _INIT.read_bytes() + busybox.read_bytes()).hexdigest()
+def _initramfs(cache: Path, folder: Path, busybox: Path, release: str, init: Path) -> Path:
+    """The initramfs with *init* and the present busybox, named after what is in it."""
+    digest = hashlib.sha256(release.encode() + init.read_bytes() + busybox.read_bytes()).hexdigest()
     archive = cache / f"initramfs-{digest[:16]}.cpio"
     if archive.exists():
         return archive
     with tempfile.TemporaryDirectory(dir=cache, prefix="initramfs.") as work_name:
         root = Path(work_name) / "root"
-        for name in ("bin", "dev", "modules", "proc", "run", "sys"):
+        for name in ("bin", "dev", "modules", "proc", "root", "run", "sys"):
             (root / name).mkdir(parents=True)
         shutil.copy(busybox, root / "bin" / "busybox")
-        shutil.copy(_INIT, root / "init")
+        shutil.copy(init, root / "init")
         (root / "init").chmod(0o755)
         for module in _MODULES:
             shutil.copy(folder / f"{module}.ko", root / "modules")
         names = "".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*")))
         packed = Path(work_name) / "cpio"
         # Uncompressed: unpacking would cost more under TCG than reading 3 MB.
-        _run("cpio", "--quiet", "-o", "-H", "newc", "-O", str(packed), cwd=root, stdin=names)
+        run("cpio", "--quiet", "-o", "-H", "newc", "-O", str(packed), cwd=root, stdin=names)
         packed.rename(archive)
     return archive
 
 
-def _run(*command: str, cwd: Path | None = None, stdin: str = "") -> str:
+def run(*command: str, cwd: Path | None = None, stdin: str = "", timeout_s: float = _DOWNLOAD_TIMEOUT_S) -> str:
     """The command's output; its last line of complaint as GuestUnavailableError if it fails."""
     try:
         done = subprocess.run(
@@ -162,10 +169,10 @@ def _run(*command: str, cwd: Path | None = None, stdin: str = "") -> str:
             capture_output=True,
             text=True,
             check=False,
-            timeout=_DOWNLOAD_TIMEOUT_S,
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired as error:
-        raise GuestUnavailableError(f"{' '.join(command)}: not done in {_DOWNLOAD_TIMEOUT_S} s") from error
+        raise GuestUnavailableError(f"{' '.join(command)}: not done in {timeout_s:g} s") from error
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise GuestUnavailableError(f"{' '.join(command)}: {why}")

@@ -264,9 +264,10 @@ FAKE_FETCHERS = {
     "apt-cache": "echo '  Depends: linux-image-9.9'",
     "apt-get": 'echo fetched >>"$FETCHED"; sleep 0.5; : >linux-image-9.9.deb',
     "dpkg-deb": (
-        "mkdir -p unpacked/boot unpacked/kernel/drivers/v; echo kernel >unpacked/boot/vmlinuz-9.9\n"
+        "modules=unpacked/lib/modules/9.9/kernel/drivers/v; mkdir -p unpacked/boot $modules\n"
+        "echo kernel >unpacked/boot/vmlinuz-9.9\n"
         "for name in virtio virtio_ring virtio_pci virtio_pci_legacy_dev virtio_pci_modern_dev virtio_blk; do\n"
-        "  echo module | xz >unpacked/kernel/drivers/v/$name.ko.xz\n"
+        "  echo module | xz >$modules/$name.ko.xz\n"
         "done"
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ class Starting:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env={**os.environ, "LIBMOUNT_FSTAB": str(place / "fstab")},
+                env={**os.environ, "LIBMOUNT_FSTAB": str(place / "fstab"), "NOTIFY_SOCKET": str(place / "notify")},
             )
         Starting.started.append(self)
 
@@ -139,6 +140,23 @@ def test_it_says_so_again_each_ten_seconds(place: Path) -> None:
     first, second, *_ = start.said
     assert "waiting for up to 10 min 0 s" in first
     assert "waiting for up to 9 min 50 s" in second or "waiting for up to 9 min 4" in second
+
+
+def test_a_service_manager_gives_it_more_time(place: Path) -> None:
+    """While a unit's start waits for its source, EXTEND_TIMEOUT_USEC is said again and again, with what is waited for as STATUS."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(place / "notify"))
+        manager.settimeout(60)
+        start = Starting(place, place / "src", "wait_source=10min", foreground=True)
+        for _ in range(2):
+            said = dict(line.split("=", 1) for line in manager.recv(4096).decode().splitlines())
+            assert said["EXTEND_TIMEOUT_USEC"] == "60000000"
+            assert said["STATUS"].startswith(f"SOURCE {place}/src does not exist; waiting for up to ")
+        (place / "src").mkdir()
+        while b"READY=1" not in manager.recv(4096):
+            pass
+        start.process.send_signal(signal.SIGTERM)
+        assert start.process.wait(60) == 0
 
 
 def test_who_does_not_ask_for_it_does_not_wait(place: Path) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 INTERVAL_S = 1.0
 LOAD_S = 3  # three ticks of the timer
-SLOW_S = 1.0
+SLOW_S = 2.0
 """Longer than a healthy request takes on the slowest machine that runs this, and far shorter than the trouble lasts."""
 
 
