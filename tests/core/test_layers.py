@@ -14,8 +14,8 @@ import iohang_fuse
 PACKAGE = Path(iohang_fuse.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
-PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "writelog"}
-EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver"}
+PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "tally", "writelog"}
+EDGE = {"cli", "ctl", "exposition", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver"}
 SHELL = {*MODULES} - PURE - EDGE
 
 IMPURE = {"asyncio", "concurrent", "io", "os", "pathlib", "pyfuse3", "random", "select", "signal", "socket", "subprocess",
