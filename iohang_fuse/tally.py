@@ -38,7 +38,7 @@ class ImageTally:
         self.hangs = 0
         self.timeouts = 0
         self.errors: dict[tuple[Op, int], int] = {}  # by errno
-        self.latest = 0  # its latest error, among those of all
+        self.latest = 0  # its latest error, among those of all; 0: none
 
 
 class Tally:
@@ -79,9 +79,10 @@ class Tally:
     def _of(self, image: str) -> ImageTally:
         found = self.images.get(image)
         if found is None:
-            if len(self.images) >= self._most_images and not self._make_room():
-                return self.others
-            found = self.images[image] = ImageTally()
+            there_is_room = len(self.images) < self._most_images or self._make_room()
+            found = ImageTally() if there_is_room else self.others
+            if there_is_room:
+                self.images[image] = found
         self._errors += 1
         found.latest = self._errors
         return found
