@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -217,6 +219,7 @@ def test_an_outage_seen_by_prometheus(tmp_path: Path, program: Program) -> None:
         assert asked.value('iohang_operations_total{op="read"}') == 50
         assert asked.value('iohang_io_bytes_total{direction="read"}') == 50 * BLOCK
         assert asked.value("iohang_oldest_held_seconds") == 0
+        assert asked.value("min_over_time(iohang_loop_delay_seconds[10s])") == 0
         assert not asked.firing("IohangImageTimedOut")
         check_that_all_is_understood(at)
 
@@ -376,7 +379,7 @@ def test_in_the_background(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     port = free_port()
     options = f"metrics=127.0.0.1:{port},monitor=none,log={tmp_path / 'log'}"
-    command = ["iohang-mount", str(tmp_path / "real"), str(tmp_path / "mnt"), "-o", options]
+    command = [sys.executable, "-m", "iohang_fuse.cli", str(tmp_path / "real"), str(tmp_path / "mnt"), "-o", options]
     subprocess.run(command, check=True, timeout=60)
     try:
         assert "\niohang_serving 1.0\n" in fetch(port)
@@ -391,6 +394,31 @@ def test_in_the_background(tmp_path: Path) -> None:
         return False
 
     wait_until(gone)
+
+
+def test_a_mount_that_is_about_to_end_says_so(tmp_path: Path) -> None:
+    """P8: a second SIGTERM detaches; the server stays while a write is inside a system call, and can still be asked."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.img").write_bytes(bytes(MIB))
+    port = free_port()
+    options = (f"metrics=127.0.0.1:{port}", "monitor=none", "blocked_after=0.5")
+    with (
+        FlakySource(tmp_path / "real", tmp_path / "src", tmp_path / "trigger", tmp_path / "flaky.log") as flaky,
+        Mount(tmp_path / "src", tmp_path / "mnt", *options, log=tmp_path / "log") as mount,
+    ):
+        flaky.fail("write * hang")
+        consumer = Client(mount.mountpoint / "a.img", "write", 1)
+        consumer.start()
+        wait_until(lambda: 'iohang_hang_active{image="a.img"} 1.0' in fetch(port), timeout_s=60)
+        assert "\niohang_serving 1.0\n" in fetch(port)
+        mount.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stays mounted" in mount.log_text(), timeout_s=60)
+        assert "\niohang_serving 1.0\n" in fetch(port)
+        mount.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "\niohang_serving 0.0\n" in fetch(port), timeout_s=60)
+        flaky.heal()
+        consumer.join(60)
+        assert mount.process.wait(60) == 0
 
 
 # ---- promtool, and Zabbix

@@ -124,6 +124,24 @@ def test_a_crowd_of_slow_clients_is_sent_away(monkeypatch: pytest.MonkeyPatch) -
                 sock.close()
 
 
+def test_clients_are_bounded(port: int) -> None:
+    """Who comes when there are MOST_CLIENTS waits until one has gone; each costs a task and a descriptor."""
+    slow = [socket.create_connection((HOST, port), timeout=60) for _ in range(MOST_CLIENTS)]
+    try:
+        for sock in slow[:-1]:
+            sock.sendall(b"GET /metr")
+        with socket.create_connection((HOST, port), timeout=1) as last:
+            last.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            with pytest.raises(TimeoutError):
+                last.recv(1)
+            slow[0].close()
+            last.settimeout(60)
+            assert last.makefile("rb").read().endswith(PAGE)
+    finally:
+        for sock in slow:
+            sock.close()
+
+
 def test_pages_are_not_made_for_each_of_a_crowd() -> None:
     """Point 2 of exposition.py: "a page is made at most every `FRESH_S`"."""
     made = 0
