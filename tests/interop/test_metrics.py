@@ -193,6 +193,11 @@ def test_an_outage_seen_by_prometheus(tmp_path: Path, program: Program) -> None:
         with at.requests(20, name="b.img") as results:
             pass
         assert results == [BLOCK] * 20
+        fd = os.open(at.mount.mountpoint / "b.img", os.O_WRONLY)
+        for number in range(3):
+            os.pwrite(fd, b"x" * BLOCK, number * BLOCK)
+        os.fsync(fd)
+        os.close(fd)
         at.flaky.fail("read,write,fsync a.img errno=ETIMEDOUT")
         began_s = time.monotonic()
         with at.requests(30) as results:
@@ -216,8 +221,10 @@ def test_an_outage_seen_by_prometheus(tmp_path: Path, program: Program) -> None:
         assert asked.query("iohang_hangs_total") == {"a.img": 1}
         assert asked.query("iohang_ended_total") == {"recovered": 30, "given_up": 0, "passed_on": 0}
         assert 10 <= (asked.value("iohang_hang_duration_seconds_sum") or 0) <= hung_s + 1
-        assert asked.value('iohang_operations_total{op="read"}') == 50
-        assert asked.value('iohang_io_bytes_total{direction="read"}') == 50 * BLOCK
+        operations = [asked.value(f'iohang_operations_total{{op="{op}"}}') for op in ("read", "write", "fsync")]
+        assert operations == [50, 3, 1]
+        transferred = [asked.value(f'iohang_io_bytes_total{{direction="{way}"}}') for way in ("read", "written")]
+        assert transferred == [50 * BLOCK, 3 * BLOCK]
         assert asked.value("iohang_oldest_held_seconds") == 0
         assert asked.value("min_over_time(iohang_loop_delay_seconds[10s])") == 0
         assert not asked.firing("IohangImageTimedOut")

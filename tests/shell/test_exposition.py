@@ -97,6 +97,23 @@ def test_garbage_harms_nobody(port: int, sent: bytes) -> None:
     assert get(port)[1] == PAGE
 
 
+def test_a_head_has_no_body(port: int) -> None:
+    """RFC 9110, 9.3.2; whoever asks so reads none, http.client too."""
+    assert raw(port, b"HEAD /metrics HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
+
+
+def test_an_endless_request_is_answered_all_the_same(port: int) -> None:
+    """Input is bounded: it is not read to an end that may never come."""
+    assert raw(port, b"A" * 9000).startswith(b"HTTP/1.1 405 ")
+
+
+def raw(port: int, sent: bytes) -> bytes:
+    """All that the server says to *sent*, of which it does not see the end."""
+    with socket.create_connection((HOST, port), timeout=60) as sock:
+        sock.sendall(sent)
+        return sock.makefile("rb").read()
+
+
 def test_slow_clients_keep_nobody_waiting(port: int) -> None:
     """Issue: a slow client harms nobody: here all but one of those that may come say nothing, or half of it."""
     slow = [socket.create_connection((HOST, port), timeout=60) for _ in range(MOST_CLIENTS - 1)]
@@ -201,11 +218,11 @@ def test_ipv6() -> None:
 
 
 def test_the_port_is_free_afterwards() -> None:
-    """The next mount can have it at once, whoever was connected; and there is no thread left."""
+    """The next mount can have it at once, whoever was connected (TIME_WAIT is our end's); and there is no thread left."""
     number = free_port()
     for _ in range(2):
         with serving(lambda: PAGE, (HOST, number)):
-            assert get(number)[1] == PAGE
+            assert raw(number, b"GET /metrics HTTP/1.0\r\n\r\n").endswith(PAGE)
             left = socket.create_connection((HOST, number), timeout=60)
         left.close()
     assert "metrics" not in {thread.name for thread in threading.enumerate()}
