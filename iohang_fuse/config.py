@@ -208,6 +208,28 @@ def _monitor(value: object) -> str:
     return path
 
 
+def _metrics(value: object) -> str:
+    text = _text(value)
+    if text == "none":
+        return text
+    if text.startswith("/"):
+        path = parse_path(text)
+        if path.suffix != ".prom":
+            raise ValueError(f"{shown(value)} does not end in .prom, as node_exporter wants it; say {path}.prom")
+        return str(path)
+    if not _host_and_port(text):
+        raise ValueError(
+            f"{shown(value)} is neither HOST:PORT nor a file; say 127.0.0.1:9811 for this host alone (0.0.0.0:9811 or [::]:9811 "
+            "for all), or an absolute path that ends in .prom, or none"
+        )
+    return text
+
+
+def _host_and_port(text: str) -> tuple[str, int] | None:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)):([0-9]{1,5})", text)
+    return (match[1] or match[2], int(match[3])) if match and 0 < int(match[3]) < 65536 else None
+
+
 def _group(value: object) -> str:
     name = _text(value)
     try:
@@ -292,6 +314,9 @@ class Config(BaseModel):
     monitor_group: Annotated[str, PlainValidator(_group)] = _option(
         "root", "who beside root may use the monitor: a group's name"
     )
+    metrics: Annotated[str, PlainValidator(_metrics)] = _option(
+        "none", "for Prometheus: HOST:PORT, or a file that ends in .prom"
+    )
     log: Annotated[Path | None, PlainValidator(parse_path)] = Field(
         None, validate_default=False, description="a file, in place of stderr or (in the background) syslog"
     )
@@ -306,6 +331,13 @@ class Config(BaseModel):
         return None if self.monitor == "none" else Path(self.monitor)
 
     @property
+    def metrics_where(self) -> tuple[str, int] | Path | None:
+        """Host and port, or a file; None if there are to be none."""
+        if self.metrics == "none":
+            return None
+        return _host_and_port(self.metrics) or Path(self.metrics)
+
+    @property
     def read_only(self) -> bool:
         """Whether the mount is `ro`."""
         return "ro" in self.mount_words
@@ -313,10 +345,6 @@ class Config(BaseModel):
 
 KEYS = frozenset({"timeout"} | {str(each.alias) for each in Config.model_fields.values() if each.description})
 """The options that this version has."""
-
-NOT_YET = {"metrics": ("none",)}
-"""Options that are to come, and the values that are true without them: nobody shall believe to have what is
-not there, and a configuration that asks for nothing more shall work today."""
 
 
 def option_table() -> list[tuple[str, str, str]]:
@@ -392,7 +420,7 @@ class _Options:
             for undone in {name, OPPOSITE.get(name, name)} & self.words.keys():
                 del self.words[undone]
             self.words[name] = name
-        elif name in {*KEYS, *NOT_YET, *CONTEXTS, "config", "fsname"}:
+        elif name in {*KEYS, *CONTEXTS, "config", "fsname"}:
             self._take_value(name, value)
         elif self._warn:
             self._warn(f"option {shown(name)} is unknown, and ignored")
@@ -424,7 +452,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, _Setting]:
             problems.append(f"{where} is a mount word; give it with -o, or in fstab")
         elif key in {"source", "mountpoint"}:
             problems.append(f"{where} is no option but an argument; leave it out")
-        elif key not in KEYS and key not in NOT_YET:
+        elif key not in KEYS:
             problems.append(f"{where} is an unknown key{nearest(key, KEYS) or '; see iohang-mount --help'}")
         elif value is None or value == "":
             problems.append(f"{where} has no value; give it one, or leave it out")
@@ -505,7 +533,6 @@ def load(
     except ConfigError as error:
         problems += error.problems
     settings |= read.settings
-    problems += _take_not_yet(settings)
     if timeout := settings.pop("timeout", None):
         settings = dict.fromkeys(TIMEOUT_KINDS, timeout) | settings
     settings |= {"source": _Setting("SOURCE", source), "mountpoint": _Setting("MOUNTPOINT", mountpoint)}
@@ -537,14 +564,3 @@ def _file_named(argument: str | None, option: _Setting | None) -> Path | None:
     if len(paths) > 1:
         raise ConfigError([f"-c and config= name different files: {' and '.join(map(str, paths))}; name one"])
     return paths.pop() if paths else None
-
-
-def _take_not_yet(settings: dict[str, _Setting]) -> list[str]:
-    """Remove the keys of `NOT_YET`; a problem for each that asks for what is not there."""
-    problems = []
-    for key, values in NOT_YET.items():
-        setting = settings.pop(key, None)
-        if setting and setting.value not in values:
-            why = f"this version does not have {shown(setting.value)} yet; say {' or '.join(values)}"
-            problems.append(f"{setting.where}: {why}")
-    return problems

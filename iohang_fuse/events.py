@@ -2,7 +2,7 @@
 
 1. Pure: no trio, no os, no clock. Times are the caller's monotonic seconds.
 2. A hang gives one `HangBegan` and one `HangEnded`, however many requests and retries it has (P9).
-3. The same value feeds every listener: the log today, metrics and the monitor beside it.
+3. The same value feeds every listener: log, metrics and monitor.
 """
 
 from __future__ import annotations

@@ -24,8 +24,10 @@ from iohang_fuse.commands import About, Commands
 from iohang_fuse.config import MONITOR, Config
 from iohang_fuse.engine import Engine, Unavailable
 from iohang_fuse.events import Event, Op
+from iohang_fuse.exposition import Exposition
 from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.messages import error_words, sentence, span_words
+from iohang_fuse.metrics import Metrics
 from iohang_fuse.monitor import Monitor
 from iohang_fuse.mountwords import libfuse_escaped
 from iohang_fuse.notify import Notify
@@ -225,9 +227,12 @@ class _Server:
         )
         if engine.ring is not None:
             self._requests.others_wait = receiver.others_wait
+        self._about = About(str(config.source), mountpoint, __version__, os.getpid())
         self._monitor = self._make_monitor()
         self._service = Service(notify, self._requests, f"serving {config.source} at {mountpoint}")
         self._requests.listen(self._service.tell)
+        self._metrics: Exposition | None = None
+        self._serving = False
         self._unmounted = False
         self._free_by_s = 0.0
         self._device_minor = 0
@@ -238,9 +243,8 @@ class _Server:
         path = self._config.monitor_path
         if path is None:
             return None
-        about = About(str(self._config.source), self._mountpoint, __version__, os.getpid())
         end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-        commands = Commands(self._requests, about, end, _lasting_settings(self._config))
+        commands = Commands(self._requests, self._about, end, _lasting_settings(self._config))
         major, minor, micro = (int(part) for part in __version__.split("."))
         monitor = Monitor(path, commands, (major, minor, micro))
         try:
@@ -254,11 +258,38 @@ class _Server:
         self._requests.listen(monitor.tell)
         return monitor
 
+    def _make_metrics(self) -> Exposition | None:
+        """They are there before the mount is, which may take a while where SOURCE is slow."""
+        where = self._config.metrics_where
+        if where is None:
+            return None
+        metrics = Metrics(
+            self._requests,
+            self._about,
+            now=trio.lowlevel.current_clock().current_time,
+            bugs=lambda: Filesystem.bugs,
+            serving=lambda: self._serving,
+            name_the_mount=isinstance(where, Path),
+        )
+        exposition = Exposition(metrics.render, where)
+        try:
+            exposition.bind()
+        except OSError as error:
+            usual = error.errno is not None and error.strerror == os.strerror(error.errno)
+            words = error_words(error.errno) if usual else error.strerror
+            other = "another file in a directory that is there" if isinstance(where, Path) else "another HOST:PORT"
+            raise Refusal(EX_SYSTEM, f"metrics={self._config.metrics}: {words}; say {other}, or none") from None
+        exposition.start()
+        return exposition
+
     async def run(self) -> int:
         """Mount, serve until unmounted. Raises `Refusal` if the mount fails."""
         try:
+            self._metrics = self._make_metrics()
             return await self._run()
         finally:
+            if self._metrics is not None:
+                self._metrics.stop()
             if self._monitor is not None:
                 self._monitor.close()
 
@@ -337,6 +368,7 @@ class _Server:
             "%s is served at %s by process %d: a failed request is tried every %g s and held for up to %s s",
             self._config.source, self._mountpoint, os.getpid(), _policy(self._config).interval_s, f"{timeout_s:g}",
         )  # fmt: skip
+        self._serving = True
         self._started.serving()
         self._service.ready()
 
@@ -390,6 +422,7 @@ class _Server:
             return
         self._detached = True
         self._service.asked_to_end("detached; open files are being closed")
+        self._serving = False
         self._requests.hold_no_more()
         log.warning("%s again: %s is detached; held requests have their errors. Open files have %g s to be closed.",
                     why, self._mountpoint, _LAST_CLOSE_S)  # fmt: skip

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
 from iohang_fuse.ordering import Fences, Ordering, Turn
+from iohang_fuse.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -144,7 +145,7 @@ NOTHING = Step()
 class RehandleList:
     """All requests of one image that have been accepted and not yet answered."""
 
-    def __init__(self, image: str, policy: Policy, held_bytes: HeldBytes) -> None:
+    def __init__(self, image: str, policy: Policy, held_bytes: HeldBytes, tally: Tally | None = None) -> None:
         self.image = image
         self.policy = policy
         self.holding = True  # off: every error is passed on
@@ -158,6 +159,7 @@ class RehandleList:
         self.pressed = 0  # writes that had to wait for room in the write log, ever
         self._order: Ordering[Request] = Ordering()
         self._held_bytes = held_bytes
+        self._tally = Tally() if tally is None else tally
         self._seq = 0
         self._trying: dict[int, Request] = {}  # by seq, oldest attempt first
         self._abandoned = 0  # reads answered while their attempt is still in the system call
@@ -285,6 +287,7 @@ class RehandleList:
             self._recover(request.started_s, now, step, everyone=request.stubborn)
         if request.held:
             self._the_hang.recovered += 1
+            self._tally.recovered += 1
             self._release(request, now, step)
         if self._ready:
             self._pump(now, step)
@@ -312,6 +315,7 @@ class RehandleList:
         if request.deadline_s is not None and now >= request.deadline_s:
             self._give_up(request, now, step, errno if request.drained else None)
         elif self.timed_out and not request.held:
+            self._tally.passed_on += 1
             self._answer(request, self.policy.timeout_errno, now)
         elif request.held or self._hold(request, now, step):
             self._wait_again(request)
@@ -659,6 +663,7 @@ class RehandleList:
         """Answer *request* with *errno*, or `timeout_errno`; the image's first give-up makes it timed out."""
         if self._trying.pop(request.seq, None) is not None:
             self._abandoned += 1
+        self._tally.given_up += 1
         self._answer(request, self.policy.timeout_errno if errno is None else errno, now)
         step.woken.append(request)
         if not self.timed_out:
@@ -677,6 +682,7 @@ class RehandleList:
             self._release(request, now, step)
 
     def _pass_on(self, request: Request, errno: int, now: float, step: Step) -> None:
+        self._tally.passed_on += 1
         self._answer(request, errno, now)
         if request.held:
             self._the_hang.passed_on += 1
@@ -731,6 +737,9 @@ class RehandleList:
         return request.deadline_s is None or not self.timed_out
 
     def _report_limit(self, errno: int, now: float, step: Step) -> None:
+        """A request is passed on because of `held_limit`."""
+        self._tally.passed_on += 1
+        self._tally.over_limit += 1
         if now - self._limit_reported_s >= 60:  # a message a minute: each failure beyond the limit comes here
             self._limit_reported_s = now
             step.events.append(HeldLimitReached(self.image, errno, now, self._held_bytes.held))

@@ -30,6 +30,7 @@ from iohang_fuse.ordering import Fences
 from iohang_fuse.rehandle import NOTHING, HeldBytes, Policy, RehandleList, Request, State, Step
 from iohang_fuse.ring import LARGE_BYTES
 from iohang_fuse.source import NotTheSame, Where
+from iohang_fuse.tally import Tally
 from iohang_fuse.writelog import SAMPLES, WriteLog
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ _FAILURES_OF_THE_DEAD = 2
 class Image:
     """One open inode: its handles, its rehandle list, its write log, and its attributes as last seen."""
 
-    def __init__(self, node_id: int, name: str, policy: Policy, held_bytes: HeldBytes, write_log: int) -> None:
+    def __init__(
+        self, node_id: int, name: str, policy: Policy, held_bytes: HeldBytes, write_log: int, tally: Tally | None = None
+    ) -> None:
         self.node_id = node_id
-        self.held = RehandleList(name, policy, held_bytes)
+        self.held = RehandleList(name, policy, held_bytes, tally)
         self.log = WriteLog(write_log)
         self.handles: dict[int, Handle] = {}
         self.where: Callable[[int], Where] | None = None  # how to find it by its name, given the size that is stable
@@ -172,7 +175,8 @@ class Requests:
         self._policy = policy
         self._held_bytes = HeldBytes(held_limit, price=price)
         self._write_log = write_log
-        self._listeners = [*listeners]
+        self.tally = Tally(self._sick)
+        self._listeners = [self.tally.tell, *listeners]
         # Errors of a write that may be those of an earlier one's writeback: of the storage, or of its space (NFS, ext4).
         self._may_use_up = policy.errors | {errno.ENOSPC, errno.EDQUOT}
         self._nursery: trio.Nursery | None = None
@@ -184,6 +188,7 @@ class Requests:
         self.images: dict[int, Image] = {}
         self.handles: dict[int, Handle] = {}
         self.holding = True
+        self.awake_s = math.inf  # when the loop will have its next look at things: long ago means that it is stuck
         self.others_wait: Callable[[], bool] = (
             _never  # whether requests come more than one at a time; where there is a ring
         )
@@ -195,6 +200,7 @@ class Requests:
         nursery.start_soon(self.engine.serve)
         pause_s = min(1.0, self._policy.blocked_after_s / 4)
         while True:
+            self.awake_s = trio.current_time() + pause_s
             await trio.sleep(pause_s)
             now = trio.current_time()
             for image in [*self.images.values()]:
@@ -207,7 +213,9 @@ class Requests:
         """A new handle on the image *node_id*, opened by its consumer with *flags*."""
         image = self.images.get(node_id)
         if image is None:
-            image = self.images[node_id] = Image(node_id, name, self._policy, self._held_bytes, self._write_log)
+            image = self.images[node_id] = Image(
+                node_id, name, self._policy, self._held_bytes, self._write_log, self.tally
+            )
             image.held.holding = self.holding
             image.held.fences = self._fences.pop(node_id, image.held.fences)
         image.no_witness = False  # this one's opener may be able to
@@ -256,7 +264,8 @@ class Requests:
 
     async def read(self, handle: Handle, offset: int, size: int) -> bytes:
         """Up to *size* bytes at *offset*. Raises OSError when it was given up or its error is passed on."""
-        image, backing = handle.image, handle.backing
+        image, backing, tally = handle.image, handle.backing, self.tally
+        tally.reads += 1
         written = image.log
         if (
             backing.reads_cached
@@ -268,7 +277,8 @@ class Requests:
             cached = backing.read_cached(offset, size)
             if cached is not None:
                 if written.end > offset:
-                    return written.overlay(offset, size, cached, (), written.end)
+                    cached = written.overlay(offset, size, cached, (), written.end)
+                tally.bytes_read += len(cached)
                 return cached
         work = Transfer(backing, offset, size)
         request, step = image.held.arrive(Op.READ, offset, size, self._now())
@@ -281,7 +291,9 @@ class Requests:
                 step = image.held.succeeded(request, self._now()) if failed is None else failed
                 if failed is None and request.answer is None:
                     self._apply(image, step)
-                    return written.overlay(offset, size, data, before, end_before)
+                    data = written.overlay(offset, size, data, before, end_before)
+                    tally.bytes_read += len(data)
+                    return data
             except BaseException:
                 self._gone(image, request, begun)
                 raise
@@ -292,12 +304,15 @@ class Requests:
             data = await self._fly(handle, request, work)
             return written.overlay(offset, size, data, before, end_before)  # type: ignore[arg-type]
 
-        return await self._live(handle, request, step, attempt, begun)
+        answer = await self._live(handle, request, step, attempt, begun)
+        tally.bytes_read += len(answer)
+        return answer
 
     async def write(self, handle: Handle, offset: int, data: bytes) -> int:
         """Write all of *data* at *offset*. Raises OSError when it was given up or its error is passed on."""
         image, backing, size = handle.image, handle.backing, len(data)
         held, end = image.held, offset + size
+        self.tally.writes += 1
         request, step = held.arrive(Op.WRITE, offset, size, self._now())
         begun = 0
         if step is NOTHING and self._is_plain(image, backing):
@@ -363,6 +378,7 @@ class Requests:
     def _written(self, handle: Handle, offset: int, data: bytes, errors_before: int) -> None:
         """A write has succeeded, and is about to be acknowledged."""
         image, stable, end = handle.image, handle.backing.stable, offset + len(data)
+        self.tally.bytes_written += len(data)
         image.log.add(offset, data, stable=stable, errors_before=errors_before)
         if end > image.size:
             image.wrote(end)
@@ -384,6 +400,7 @@ class Requests:
             image.truncated(size)
             return result
 
+        self.tally.writes += 1
         return await self.run(handle, Op.WRITE, size, 0, attempt, end=math.inf)
 
     async def sync(self, handle: Handle, *, data_only: bool, ordered: bool = True) -> None:
@@ -407,6 +424,7 @@ class Requests:
                 image.sync_in_flight = False
                 image.bystanders.unpark_all()
 
+        self.tally.fsyncs += 1
         await self.run(handle, Op.FSYNC, 0, 0, attempt, ordered=ordered)
 
     async def _sync(self, handle: Handle, request: Request, *, data_only: bool) -> None:
@@ -522,6 +540,8 @@ class Requests:
                 if request.answer is not None:
                     raise OSError(request.answer, os.strerror(request.answer))
                 begun += 1
+                if begun > 1:
+                    self.tally.retries += 1
                 try:
                     result = await attempt(request)
                 except Abandoned:
@@ -558,7 +578,9 @@ class Requests:
         )  # fmt: skip
         if op is Op.FSYNC or (op is Op.WRITE and error.errno in self._may_use_up):
             image.log.doubt()
-        return image.held.failed(request, error.errno or errno.EIO, trio.current_time())
+        number = error.errno or errno.EIO
+        self.tally.failed(image.held.image, op, number)
+        return image.held.failed(request, number, trio.current_time())
 
     def _gone(self, image: Image, request: Request, begun: int) -> None:
         """The answer, a bug, or the end of the server.
@@ -715,6 +737,9 @@ class Requests:
         """Tell *listener*, too, of what happens to images."""
         self._listeners.append(listener)
 
+    def _sick(self) -> set[str]:
+        return {image.held.image for image in self.images.values() if image.held.sick}
+
     @property
     def policy(self) -> Policy:
         """For images that are opened from now on."""
@@ -724,6 +749,11 @@ class Requests:
     def held_bytes(self) -> int:
         """What is held in all, against `held_limit`."""
         return self._held_bytes.held
+
+    @property
+    def held_limit(self) -> int:
+        """Of `held_bytes`."""
+        return self._held_bytes.limit
 
     def retry(self, image: Image) -> None:
         """An operator: try what is held now."""
@@ -850,6 +880,8 @@ class Requests:
                 await self.engine.flight(work, handle.returned).land()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is no sign that the image works
                 image.log.doubt()
+                if isinstance(error, OSError):
+                    self.tally.failed(image.held.image, Op.READ if readable else Op.FSYNC, error.errno or errno.EIO)
                 log.debug("%s: probe at %d: %s", image.held.image, offset, error)
             else:
                 success = True

@@ -352,14 +352,43 @@ def test_all_problems_at_once(yaml) -> None:
     assert all("\n" not in line for line in found)
 
 
-def test_what_has_not_landed_is_not_silently_ignored(yaml) -> None:
-    """An option of a later version is accepted only with the value that is true of this one."""
-    assert settings("metrics=none") == settings()
-    assert settings(file=yaml("metrics: none\n")) == settings()
-    for option in ("metrics=localhost:9000",):
-        key, value = option.split("=")
-        assert problem(option).startswith(f"option {key}: this version does not have '{value}' yet; say ")
-        assert f":1: {key}: this version does not" in problem(file=yaml(f"{key}: {value}"))
+@pytest.mark.parametrize(
+    ("said", "where"),
+    [
+        ("none", None),
+        ("127.0.0.1:9811", ("127.0.0.1", 9811)),
+        ("localhost:1", ("localhost", 1)),
+        ("metrics-1.example.org:65535", ("metrics-1.example.org", 65535)),
+        ("[::1]:9811", ("::1", 9811)),
+        ("192.0.2.1:9811", ("192.0.2.1", 9811)),
+        ("/var/lib/prometheus/node-exporter/iohang.prom", Path("/var/lib/prometheus/node-exporter/iohang.prom")),
+    ],
+)
+def test_metrics(said: str, where: object, yaml) -> None:
+    """Design: "`metrics` | `none` | `HOST:PORT` for Prometheus"; or a file for node_exporter, which reads `*.prom`."""
+    assert settings(f"metrics={said}").metrics_where == where
+    assert settings(file=yaml(f"metrics: '{said}'\n")).metrics_where == where
+    assert settings().metrics_where is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["9811", ":9811", "host", "host:", "host:0", "host:65536", "host:http", "::1:9811", "[::1]", "[host]:1", "ho st:1", "-a:1",
+     "*:9811", "iohang.prom", "http://localhost:9811", "localhost:9811/metrics", "yes", "None"],
+)  # fmt: skip
+def test_wrong_metrics(said: str) -> None:
+    """Bad input gets one line that says what would be right: a port alone does not say who may ask."""
+    found = problem(f"metrics={said}")
+    assert found.startswith(
+        f"option metrics: '{said}' is neither HOST:PORT nor a file; say 127.0.0.1:9811 for this host alone"
+    )
+
+
+def test_a_file_of_metrics_has_the_name_that_node_exporter_reads() -> None:
+    """node_exporter's textfile collector reads `*.prom`, and nothing else."""
+    assert problem("metrics=/run/iohang.txt").endswith(
+        "does not end in .prom, as node_exporter wants it; say /run/iohang.txt.prom"
+    )
 
 
 def test_monitor() -> None:
@@ -496,7 +525,7 @@ def as_the_system_gives_it() -> st.SearchStrategy[str]:
     return st.binary(max_size=40).filter(lambda data: b"\0" not in data).map(os.fsdecode)
 
 
-WORDS = sorted({*config.KEYS, *config.NOT_YET, *config.FLAGS, *config.CONTEXTS, "config", "fsname"})
+WORDS = sorted({*config.KEYS, *config.FLAGS, *config.CONTEXTS, "config", "fsname"})
 OPTION = st.one_of(
     as_the_system_gives_it(),
     st.builds("{}={}".format, st.sampled_from(WORDS), st.one_of(as_the_system_gives_it(), st.text(max_size=20))),

@@ -31,6 +31,7 @@ class Sky:
     """Where fake flights fly: how long the next attempt takes, and who is up. *nursery* keeps those that nobody awaits."""
 
     nursery: trio.Nursery
+    name: str = "sky"
     takes_s: Callable[[], float] = lambda: 0.0
     aloft: int = 0
     most_aloft: int = 0
