@@ -620,7 +620,7 @@ def main() -> int:
         if not os.path.isdir(path):
             print(f"iohang-flaky: {path} is not a directory", file=sys.stderr)  # noqa: T201
             return 1
-    with logs.to_stderr_or(None, verbose=False):
+    with logs.to_stderr_or(None, level=logging.INFO):
         trio.run(
             _serve,
             paths[0],

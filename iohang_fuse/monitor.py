@@ -24,6 +24,7 @@ from iohang_fuse.config import LONGEST_SOCKET
 from iohang_fuse.events import Event, HangBegan, HangEnded, TimedOut
 from iohang_fuse.messages import errno_name
 from iohang_fuse.qmp import Call, QmpError, Session
+from iohang_fuse.throttle import Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,9 @@ MOST_CLIENTS = 200
 BURST, PER_S = 20, 1.0
 """Events of one kind and image: so many at once, and so many a second in the long run. When storage flaps, what is left out is
 counted in the next one that is sent, and the last one is never left out."""
+
+_Said = tuple[str, dict[str, object], float]
+"""An event as QMP has it: its name, its data, and when it was (seconds since the epoch)."""
 
 _RECEIVE_BYTES = 16 << 10
 
@@ -108,26 +112,6 @@ class _Client:
             self._scope.cancel()  # it is gone
 
 
-class _Throttle:
-    """How many events of one image are sent."""
-
-    def __init__(self) -> None:
-        self.left = float(BURST)
-        self.at_s = -1.0
-        self.left_out = 0
-        self.waiting: tuple[str, dict[str, object], float] | None = None
-
-    def take(self, now: float) -> bool:
-        """Whether one more may be sent."""
-        if self.at_s >= 0:
-            self.left = min(self.left + (now - self.at_s) * PER_S, BURST)
-        self.at_s = now
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
-
-
 class Monitor:
     """The socket of one mount."""
 
@@ -136,7 +120,7 @@ class Monitor:
         self._commands = commands
         self._version = version
         self._clients: set[_Client] = set()
-        self._throttles: dict[tuple[str, str], _Throttle] = {}  # by image and event
+        self._throttle: Throttle[tuple[str, str], _Said] = Throttle(BURST, PER_S)  # by image and event
         self._socket: socket.socket | None = None
         self._identity = (0, 0)
 
@@ -226,13 +210,9 @@ class Monitor:
         if said is None:
             return
         name, data = said
-        throttle = self._throttles.setdefault((event.image, name), _Throttle())
-        throttle.left_out += throttle.waiting is not None
-        if throttle.take(event.at_s):
-            throttle.waiting = None
-            self._send(throttle, name, data, time.time())
-        else:
-            throttle.waiting = name, data, time.time()
+        told = self._throttle.offer((event.image, name), (name, data, time.time()), event.at_s)
+        if told is not None:
+            self._send(*told)
 
     def shut_down(self, reason: str) -> None:
         """The mount ends."""
@@ -242,18 +222,13 @@ class Monitor:
     async def _send_what_waits(self) -> None:
         while True:
             await trio.sleep(1 / PER_S)
-            for key, throttle in [*self._throttles.items()]:
-                if throttle.waiting is not None and throttle.take(trio.current_time()):
-                    name, data, at_s = throttle.waiting
-                    throttle.waiting = None
-                    self._send(throttle, name, data, at_s)
-                elif throttle.waiting is None and trio.current_time() - throttle.at_s > BURST / PER_S:
-                    del self._throttles[key]  # as good as new
+            for told in self._throttle.due(trio.current_time()):
+                self._send(*told)
 
-    def _send(self, throttle: _Throttle, name: str, data: dict[str, object], at_s: float) -> None:
-        if throttle.left_out:
-            data = data | {"left-out": throttle.left_out}
-            throttle.left_out = 0
+    def _send(self, said: _Said, left_out: int) -> None:
+        name, data, at_s = said
+        if left_out:
+            data = data | {"left-out": left_out}
         for client in self._clients:
             client.send(client.session.event(name, data, at_s))
 

@@ -21,9 +21,10 @@ from iohang_fuse import __version__, background, diagnosis, limits, logs, receiv
 from iohang_fuse.commands import About, Commands
 from iohang_fuse.config import MONITOR, Config
 from iohang_fuse.engine import Engine, Unavailable
-from iohang_fuse.events import Event, Op
+from iohang_fuse.eventlog import EventLog
+from iohang_fuse.events import Op
 from iohang_fuse.filesystem import Filesystem
-from iohang_fuse.messages import error_words, sentence
+from iohang_fuse.messages import error_words, printable
 from iohang_fuse.monitor import Monitor
 from iohang_fuse.mountwords import libfuse_escaped
 from iohang_fuse.rehandle import Policy
@@ -54,21 +55,27 @@ def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool =
         limits.raise_open_files()
         check_limits(config)
     except Refusal as refusal:
-        print(f"iohang-mount: {refusal}", file=sys.stderr)  # noqa: T201
+        _complain(str(refusal))
         return refusal.code
     if fake:
         return 0
+    level = logging.DEBUG if verbose else logging.getLevelNamesMapping()[config.log_level.upper()]
     if foreground:
-        with logs.to_stderr_or(config.log, verbose=verbose):
-            return _serve(config, mountpoint, started=background.NoParent())
+        complain_too = _complain if config.log is not None else None  # stderr has what is logged otherwise
+        with logs.to_stderr_or(config.log, level=level):
+            return _serve(config, mountpoint, started=background.NoParent(complain_too))
     return background.run(
-        lambda started: _in_background(config, mountpoint, verbose=verbose, started=started),
-        complain=lambda text: print(f"iohang-mount: {text}", file=sys.stderr),  # noqa: T201
+        lambda started: _in_background(config, mountpoint, level, started=started),
+        complain=_complain,
     )
 
 
-def _in_background(config: Config, mountpoint: str, *, verbose: bool, started: background.Started) -> int:
-    with logs.to_syslog_or(config.log, verbose=verbose):
+def _complain(text: str) -> None:
+    print(f"iohang-mount: {printable(text)}", file=sys.stderr)  # noqa: T201
+
+
+def _in_background(config: Config, mountpoint: str, level: int, *, started: background.Started) -> int:
+    with logs.to_syslog_or(config.log, level=level):
         return _serve(config, mountpoint, started=started)
 
 
@@ -173,10 +180,11 @@ class _Server:
             engine = Engine(config.engine)
         except Unavailable as error:
             raise Refusal(EX_SYSTEM, f"engine uring is not to be had: {error}; or say engine=auto") from None
+        self._event_log = EventLog(mountpoint)
         self._requests = Requests(
             _policy(config),
             config.held_limit_bytes,
-            [self._log_event],
+            [self._event_log.tell],
             write_log=config.write_log_bytes,
             price=limits.price_of_held_bytes(),
             engine=engine,
@@ -212,6 +220,7 @@ class _Server:
         try:
             return await self._run()
         finally:
+            self._event_log.flush()
             if self._monitor is not None:
                 self._monitor.close()
 
@@ -245,6 +254,7 @@ class _Server:
                 nursery.start_soon(filesystem.close_unwanted)
                 nursery.start_soon(self._requests.serve, nursery)
                 nursery.start_soon(self._mind_signals, nursery)
+                nursery.start_soon(self._event_log.serve)
                 nursery.start_soon(self._announce)
                 if self._monitor is not None:
                     nursery.start_soon(self._monitor.serve)
@@ -360,10 +370,6 @@ class _Server:
             await trio.sleep(0.05)  # for the word to go out
 
     # ---- what the log gets
-
-    def _log_event(self, event: Event) -> None:
-        level, text = sentence(event, diagnosis.wall_clock)
-        log.log(level, "%s", text)
 
     def _dump(self) -> None:
         """SIGUSR1: everything that waits, and where every task and thread is."""

@@ -529,6 +529,11 @@ class Requests:
                 except OSError as error:
                     step = self._failed(image, request, error)
                 else:
+                    if begun > 1:
+                        log.debug(
+                            "%s: %s of %d bytes at %d, attempt %d: done", image.held.image, request.op, request.length,
+                            request.offset, request.attempts,
+                        )  # fmt: skip
                     step = held.succeeded(request, self._now())
                     if request.answer is None:
                         self._apply(image, step)

@@ -14,7 +14,18 @@ import iohang_fuse
 PACKAGE = Path(iohang_fuse.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
-PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "writelog"}
+PURE = {
+    "events",
+    "inodes",
+    "messages",
+    "mountwords",
+    "ordering",
+    "pagecache",
+    "qmp",
+    "rehandle",
+    "throttle",
+    "writelog",
+}
 EDGE = {"cli", "ctl", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver"}
 SHELL = {*MODULES} - PURE - EDGE
 
