@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from iohang_fuse import socketname
 from iohang_fuse.commands import ARGUMENTS, Commands
 from iohang_fuse.config import LONGEST_SOCKET
 from iohang_fuse.events import Event, HangBegan, HangEnded, TimedOut
 from iohang_fuse.messages import errno_name
-from iohang_fuse.qmp import Call, QmpError, Session
+from iohang_fuse.qmp import PACKAGE, Call, QmpError, Session
 from iohang_fuse.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -124,34 +125,25 @@ class Monitor:
         self._socket: socket.socket | None = None
         self._identity = (0, 0)
 
-    def bind(self, group: str | None) -> None:
+    def bind(self, group: str | None, has_lost: Callable[[str], bool] = lambda _mountpoint: False) -> None:
         """Make the socket, for root and *group*. Raises OSError, or LookupError if there is no such group.
 
-        One that a dead server has left is replaced; one that answers is somebody's, and EADDRINUSE.
+        Who has the name already keeps it, unless it is dead or *has_lost* its mount point: see socketname.py.
         """
         if len(os.fsencode(self._path)) > LONGEST_SOCKET:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if not self._path.parent.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.parent.chmod(0o755)  # whatever the umask is: the group has to come through
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            try:
-                sock.bind(str(self._path))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or _is_alive(self._path):
-                    raise
-                self._path.unlink()
-                sock.bind(str(self._path))
-            self._socket, self._identity = sock, _identity(self._path)
+
+        def prepare(sock: socket.socket) -> None:
             if group is not None:
                 shutil.chown(self._path, group=group)
             self._path.chmod(MODE)  # before it listens: nobody has come in by then
             sock.listen(64)
-        except BaseException:
-            self.close()
-            sock.close()
-            raise
+
+        sock = socketname.claim(self._path, has_lost, prepare)
+        self._socket, self._identity = sock, socketname.identity_of(self._path)
         sock.setblocking(False)  # noqa: FBT003
 
     async def serve(self) -> None:
@@ -180,14 +172,12 @@ class Monitor:
     def close(self) -> None:
         """Nobody comes in any more."""
         if self._socket is not None:
-            with contextlib.suppress(OSError):
-                if _identity(self._path) == self._identity:  # and not that of the next server, which took the name over
-                    self._path.unlink()
+            socketname.give_back(self._path, self._identity)
             self._socket.close()
             self._socket = None
 
     async def _serve_client(self, stream: trio.SocketStream, room: trio.Semaphore) -> None:
-        client = _Client(stream, Session(ARGUMENTS, self._version, "iohang-fuse"))
+        client = _Client(stream, Session(ARGUMENTS, self._version, PACKAGE))
         self._clients.add(client)
         try:
             await client.serve(lambda call: self._call(client, call))
@@ -254,23 +244,3 @@ def _said(event: Event) -> tuple[str, dict[str, object]] | None:
                 "held": event.held,
             }  # fmt: skip
     return None
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.lstat()
-    return status.st_dev, status.st_ino
-
-
-def _is_alive(path: Path) -> bool:
-    """Whether a server listens at *path*, or it is no socket at all."""
-    if not path.is_socket():
-        return True
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # noqa: FBT003 - one that does not accept is alive, too
-        try:
-            probe.connect(str(path))
-        except BlockingIOError:
-            return True
-        except OSError as error:
-            return error.errno != errno.ECONNREFUSED
-        return True

@@ -205,7 +205,7 @@ class _Server:
         major, minor, micro = (int(part) for part in __version__.split("."))
         monitor = Monitor(path, commands, (major, minor, micro))
         try:
-            monitor.bind(self._config.monitor_group)
+            monitor.bind(self._config.monitor_group, self._has_lost)
         except OSError as error:
             words = f"monitor: no socket at {path}: {error_words(error.errno)}"
             if self._config.monitor != MONITOR:
@@ -214,6 +214,13 @@ class _Server:
             return None
         self._requests.listen(monitor.tell)
         return monitor
+
+    def _has_lost(self, mountpoint: str) -> bool:
+        """Whether a server of *mountpoint* has been detached, so that this one is to be found where it was."""
+        return mountpoint == self._mountpoint and not any(
+            mounted.mountpoint == mountpoint and mounted.fstype == f"fuse.{SUBTYPE}"
+            for mounted in diagnosis.mount_table()
+        )
 
     async def run(self) -> int:
         """Mount, serve until unmounted. Raises `Refusal` if the mount fails."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MESSAGE_BYTES = 64 << 10
 """One message of a client. The longest that makes sense has a file's name in it, of 4 KiB."""
 
+PACKAGE = "iohang-fuse"
+"""Who greets: a client can tell it from QEMU by this."""
+
 _STRUCTURE = re.compile(rb'["\\{}\[\]]')
 _SPACES = re.compile(rb"[ \t\r\n]*")
 _END_OF_GARBAGE = re.compile(rb"[ \t\r\n{\[]")

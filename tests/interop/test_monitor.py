@@ -411,7 +411,10 @@ def test_iohangctl_says_it_in_words(site: Site) -> None:
     assert json.loads(site.ctl("--json", "held").stdout)[0]["errno"] == "EIO"
     assert "timeouts read 2 h 0 min" in site.ctl("set", "a.img", "timeout=2h").stdout
     wrong = site.ctl("set", "timout=5")
-    assert (wrong.returncode, wrong.stderr) == (ctl.REFUSED, "iohangctl: Parameter 'timout' is unexpected\n")
+    assert (wrong.returncode, wrong.stderr) == (
+        ctl.REFUSED,
+        "iohangctl: 'timout' cannot be set; the nearest is 'timeout'\n",
+    )
     site.flaky.heal()
     assert site.ctl("retry").stdout.startswith("a.img: 1 requests were held") or got
     thread.join(20)
