@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -55,11 +56,18 @@ class Problem(Exception):
     """What went wrong, in one line."""
 
 
+class Misuse(Problem):
+    """What is wrong with the command line."""
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse with one line in place of a usage text."""
+    """argparse, which says in one line what is wrong and what would be right."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"iohangctl: {printable(message)}; see {self.prog} --help\n")
+        verb = re.search(r"^argument VERB: invalid choice: '(.*)' \(choose from", message)
+        if verb is not None:
+            message = f"no verb {verb[1]!r}{nearest(verb[1], VERBS) or f'; there are {chr(44).join(VERBS)}'}"
+        raise Misuse(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,17 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale is, and a file is called
             stream.reconfigure(errors="backslashreplace")
+    code = REFUSED
     try:
-        given = _parser().parse_args(words)
-    except SystemExit as end:
-        return _unknown("wrong usage") if end.code and is_check else int(end.code or 0)
-    try:
-        code = asyncio.run(_run(given))
+        code = asyncio.run(_run(_parsed(words)))
         sys.stdout.flush()
+    except SystemExit:  # after --help
+        return 0
     except Problem as problem:
         text = printable(str(problem))
+        code = USAGE if isinstance(problem, Misuse) else REFUSED
     except KeyboardInterrupt:
-        return 0 if given.verb == "watch" else 130
+        return 0 if "watch" in words else 130
     except BrokenPipeError:  # `iohangctl list | head -1` has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNKNOWN if is_check else 0
@@ -89,13 +97,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         return code
     print(f"iohangctl: {text}", file=sys.stderr)  # noqa: T201
-    return _unknown(text) if is_check else REFUSED
+    if is_check:  # what monitoring systems show is a plug-in's stdout
+        print(f"IOHANG UNKNOWN - {text}")  # noqa: T201
+        return UNKNOWN
+    return code
 
 
-def _unknown(text: str) -> int:
-    """What monitoring systems show is a plug-in's stdout."""
-    print(f"IOHANG UNKNOWN - {text}")  # noqa: T201
-    return UNKNOWN
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Raises `Misuse`. An unknown option is said to be that before anything is missed."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"{unknown[0]!r} is {'no option' if unknown[0].startswith('-') else 'one argument too many'} here")
+    if given.verb is None:
+        parser.error(f"which verb? There are {', '.join(VERBS)}")
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-m", "--mountpoint", metavar="DIRECTORY", help="the mount (needed where there are several)")
     where.add_argument("-s", "--socket", metavar="FILE", help="its monitor's socket, where that is elsewhere")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("status", help="how the mount is, in a few lines")
     verbs.add_parser(
         "check",
@@ -141,7 +157,7 @@ def find_socket(given: argparse.Namespace) -> Path:
     """The monitor's socket. Raises `Problem` with what would be right."""
     for option, value, what in (("-s", given.socket, "socket"), ("-m", given.mountpoint, "mount point")):
         if value is not None and (not value or "\0" in value):
-            raise Problem(f"{option}: {value!r} is no path; name the {what}")
+            raise Misuse(f"{option}: {value!r} is no path; name the {what}")
     if given.socket:
         return Path(given.socket)
     if given.mountpoint:
@@ -201,7 +217,8 @@ def _no_monitor(given: argparse.Namespace, path: Path, error: Exception) -> str:
     if len(os.fsencode(path)) > LONGEST_SOCKET:
         return f"{path}: a socket's name has {LONGEST_SOCKET} bytes at most; name the one that the mount was told by monitor=FILE"
     if not isinstance(cause, OSError):
-        return f"{path}: what listens there does not speak QMP ({cause}); name the monitor of a mount"
+        why = str(cause) or "it ends the connection at once"
+        return f"{path}: what listens there does not speak QMP ({why}); name the monitor of a mount"
     why = cause.strerror or str(cause)
     if cause.errno == errno.EACCES:
         return f"{path}: {why}; it is for root and the group that the mount was told by monitor_group=GROUP"
@@ -273,16 +290,16 @@ def _settings(words: Sequence[str]) -> dict[str, object]:
     for word in words[len(image) :]:
         key, equals, value = word.partition("=")
         if not equals:
-            raise Problem(f"{word!r} sets nothing; say KEY=VALUE, such as timeout=5min")
+            raise Misuse(f"{word!r} sets nothing; say KEY=VALUE, such as timeout=5min")
         name = key.replace("-", "_")
         if name not in SETTABLE:
             there_are = nearest(name, SETTABLE) or f"; there are {', '.join(SETTABLE)}"
-            raise Problem(f"{key!r} cannot be set{there_are}")
+            raise Misuse(f"{key!r} cannot be set{there_are}")
         if name.replace("_", "-") in settings:
-            raise Problem(f"{name} is given twice; leave one of them out")
+            raise Misuse(f"{name} is given twice; leave one of them out")
         settings[name.replace("_", "-")] = value
     if len(settings) == len(image):
-        raise Problem(f"nothing to set for {words[0]!r}; say KEY=VALUE, such as timeout=5min")
+        raise Misuse(f"nothing to set for {words[0]!r}; say KEY=VALUE, such as timeout=5min")
     return settings
 
 

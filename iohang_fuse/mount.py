@@ -11,8 +11,8 @@ import functools
 import logging
 import os
 import signal
+import stat
 import sys
-from pathlib import Path
 
 import pyfuse3
 import trio
@@ -87,30 +87,39 @@ def check_paths(config: Config) -> str:
 
     MOUNTPOINT is neither opened nor listed: on an automount that would wait for the mount that we are.
     """
-    try:
-        if not Path(config.source).is_dir():
-            what = "is not a directory" if Path(config.source).exists() else "does not exist"
-            raise Refusal(EX_FAILURE, f"SOURCE {config.source} {what}")
-    except OSError as error:
-        raise Refusal(EX_FAILURE, f"SOURCE {config.source}: {error_words(error.errno)}") from None
+    _check_directory("SOURCE", str(config.source), "name the directory of the images")
     origin = os.path.realpath(config.source)
     mountpoint = os.path.realpath(config.mountpoint)
     for mounted in diagnosis.mount_table():
         if mounted.mountpoint == mountpoint and mounted.fstype == f"fuse.{SUBTYPE}":
             state = "" if _answers(mountpoint) else ", and its server is gone; `umount` it first"
             raise Refusal(EX_FAILURE, f"{mountpoint} is already an iohang-mount of {mounted.source}{state}")
-    try:
-        is_directory = os.path.isdir(mountpoint)
-    except OSError as error:
-        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint}: {error_words(error.errno)}") from None
-    if not is_directory:
-        what = "is not a directory" if os.path.lexists(mountpoint) else "does not exist"
-        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint} {what}")
+    _check_directory("MOUNTPOINT", mountpoint, "make it with mkdir(1)")
+    if origin == mountpoint:
+        raise Refusal(EX_FAILURE, f"SOURCE and MOUNTPOINT are both {origin}; name two directories")
     if _lies_in(origin, mountpoint):
-        raise Refusal(EX_FAILURE, f"SOURCE {origin} lies under MOUNTPOINT {mountpoint}: the mount would hide it")
+        raise Refusal(
+            EX_FAILURE,
+            f"SOURCE {origin} lies under MOUNTPOINT {mountpoint}: the mount would hide it; mount elsewhere",
+        )
     if _lies_in(mountpoint, origin):
-        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint} lies under SOURCE {origin}: the mount would show itself")
+        raise Refusal(
+            EX_FAILURE,
+            f"MOUNTPOINT {mountpoint} lies under SOURCE {origin}: the mount would show itself; mount elsewhere",
+        )
     return mountpoint
+
+
+def _check_directory(what: str, path: str, right: str) -> None:
+    """Raises `Refusal` unless *path* is one. stat(2) neither opens it nor sets off an automount."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise Refusal(EX_FAILURE, f"{what} {path} does not exist; {right}") from None
+    except OSError as error:
+        raise Refusal(EX_FAILURE, f"{what} {path}: {error_words(error.errno)}") from None
+    if not stat.S_ISDIR(mode):
+        raise Refusal(EX_FAILURE, f"{what} {path} is not a directory; name one")
 
 
 def _lies_in(path: str, folder: str) -> bool:
@@ -132,7 +141,9 @@ def check_log(config: Config) -> None:
             with config.log.open("ab"):
                 pass
         except OSError as error:
-            raise Refusal(EX_USAGE, f"log {config.log} cannot be written: {error_words(error.errno)}") from None
+            raise Refusal(
+                EX_USAGE, f"log {config.log} cannot be written: {error_words(error.errno)}; name a file"
+            ) from None
 
 
 def _longest_timeout_s(config: Config) -> float:
