@@ -198,7 +198,7 @@ class Session:
     def _called(self, message: dict[str, Any], bare: Call) -> Iterator[Call | bytes]:
         unknown = sorted({*message} - {"execute", "arguments", "id"})
         if unknown:
-            raise QmpError(f"QMP input member '{unknown[0]}' is unexpected")
+            raise QmpError(f"QMP input member {_short(unknown[0])} is unexpected")
         name, given = message.get("execute"), message.get("arguments", {})
         if not isinstance(name, str):
             raise QmpError(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 JOURNALD = """
 set -e
+# Other tests' mounts would have a copy here, and their servers wait for the last copy to go.
+grep ' - fuse.iohang' /proc/self/mountinfo | cut -d' ' -f5 | while read -r at; do umount -l "$at"; done
 mount -t tmpfs none /run
 mount -t tmpfs none /var/log
 mkdir -p /run/systemd/journal /run/systemd/journald.conf.d /run/log/journal
@@ -60,7 +62,7 @@ def namespace(program: Callable[..., str]) -> Iterator[Namespace]:
     for name in ("unshare", "nsenter"):
         program(name, "util-linux")
     program("/lib/systemd/systemd-journald", "systemd")
-    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", JOURNALD]
+    command = ["unshare", "-m", "--propagation", "slave", "sh", "-c", JOURNALD]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as journald:
         made = Namespace(journald.pid)
         try:
