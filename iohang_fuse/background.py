@@ -28,11 +28,17 @@ class Started(Protocol):
 class NoParent:
     """In the foreground nobody waits."""
 
+    def __init__(self, complain: Callable[[str], None] | None = None) -> None:
+        """*complain*: where the log is not what the caller sees."""
+        self._complain = complain
+
     def serving(self) -> None:
         """Nobody to tell."""
 
-    def refused(self, code: int, text: str) -> None:
-        """The log has it."""
+    def refused(self, code: int, text: str) -> None:  # noqa: ARG002 - the exit code is the process's own
+        """The log has it, too."""
+        if self._complain is not None:
+            self._complain(text)
 
 
 class _Pipe:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from iohang_fuse import __version__, config, mountwords
 from iohang_fuse.findings import UNKNOWN
+from iohang_fuse.messages import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"iohang-mount: {' '.join(line.splitlines())}\n")
+    sys.stderr.write(f"iohang-mount: {printable(' '.join(line.splitlines()))}\n")
 
 
 def options_help() -> str:

@@ -320,6 +320,9 @@ class Config(BaseModel):
     log: Annotated[Path | None, PlainValidator(parse_path)] = Field(
         None, validate_default=False, description="a file, in place of stderr or (in the background) syslog"
     )
+    log_level: Annotated[str, PlainValidator(_choice("debug", "info", "warning"))] = _option(
+        "info", "debug logs each retry, too; warning only hangs and errors"
+    )
     mount_words: tuple[str, ...] = ()
     """For pyfuse3.init(), escaped as libfuse wants them (`libfuse_escaped`); none contradicts another."""
 

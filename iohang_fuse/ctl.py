@@ -8,21 +8,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
+import io
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from iohang_fuse import findings, survey
-from iohang_fuse.config import RUN, parse_span, socket_of
+from iohang_fuse.config import LONGEST_SOCKET, RUN, nearest, parse_span, socket_of
 from iohang_fuse.doctor import examine
-from iohang_fuse.messages import span_words
+from iohang_fuse.messages import printable, span_words
+from iohang_fuse.qmp import PACKAGE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -30,8 +35,8 @@ if TYPE_CHECKING:
 FINE, HANGING, TIMED_OUT, UNKNOWN = 0, 1, 2, 3
 """Exit codes of `check`, which are those of a monitoring plug-in: OK, WARNING, CRITICAL, UNKNOWN."""
 
-REFUSED = 1
-"""Exit code of the other verbs where they could not; argparse's own for wrong usage is 2."""
+REFUSED, USAGE = 1, 2
+"""Exit codes of the other verbs: where they could not, and for wrong usage."""
 
 ANSWER_S = 10.0
 """The monitor answers at once, whatever the storage does. If not, the server itself is stuck."""
@@ -50,37 +55,89 @@ ACTS = {
 }
 
 
+VERBS = ("status", "check", "watch", "top", "doctor", "list", "held", *ACTS, "set")
+JUDGES = {"check", "doctor"}  # whose exit code is their answer
+
+SETTABLE = ("timeout", "read_timeout", "write_timeout", "fsync_timeout", "interval")
+
+
 class Problem(Exception):
     """What went wrong, in one line."""
+
+
+class Misuse(Problem):
+    """What is wrong with the command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, which says in one line what is wrong and what would be right."""
+
+    def error(self, message: str) -> NoReturn:
+        verb = re.search(r"^argument VERB: invalid choice: '(.*)' \(choose from", message)
+        if verb is not None:
+            message = f"no verb {verb[1]!r}{nearest(verb[1], VERBS) or f'; there are {chr(44).join(VERBS)}'}"
+        raise Misuse(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    verb = next((word for word in words if word in VERBS), "")
+    _prepare_streams()
+    code = REFUSED
     try:
-        given = _parser().parse_args(words)
-    except SystemExit as end:
-        return UNKNOWN if end.code and {"check", "doctor"} & {*words} else int(end.code or 0)
-    try:
-        if given.verb == "doctor":
-            return _doctor(given)
-        return asyncio.run(_top(given) if given.verb == "top" else _run(given))
+        given = _parsed(words)
+        code = _doctor(given) if given.verb == "doctor" else asyncio.run(_run(given))
+        sys.stdout.flush()
+    except SystemExit:  # after --help
+        return 0
     except Problem as problem:
-        print(f"iohangctl: {problem}", file=sys.stderr)  # noqa: T201
+        text = printable(str(problem))
+        code = USAGE if isinstance(problem, Misuse) else REFUSED
     except KeyboardInterrupt:
-        return 0 if given.verb in {"watch", "top"} else 130
-    return UNKNOWN if given.verb in {"check", "doctor"} else REFUSED
+        return 0 if verb in {"watch", "top"} else 130
+    except BrokenPipeError:  # `iohangctl list | head -1` has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNKNOWN if verb in JUDGES else 0
+    except Exception as error:  # noqa: BLE001 - a plug-in that ends with Python's 1 would say that an image hangs
+        text = printable(f"a bug of iohangctl, please report it: {type(error).__name__}: {error}")
+    else:
+        return code
+    print(f"iohangctl: {text}", file=sys.stderr)  # noqa: T201
+    if verb == "check":  # what monitoring systems show is a plug-in's stdout
+        print(f"IOHANG UNKNOWN - {text}")  # noqa: T201
+    return UNKNOWN if verb in JUDGES else code
+
+
+def _prepare_streams() -> None:
+    logging.getLogger("qemu").addHandler(logging.NullHandler())  # what it has to say is said here, in one line
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale is, and a file is called
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Raises `Misuse`. An unknown option is said to be that before anything is missed."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"{unknown[0]!r} is {'no option' if unknown[0].startswith('-') else 'one argument too many'} here")
+    if given.verb is None:
+        parser.error(f"which verb? There are {', '.join(VERBS)}")
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="iohangctl", description="Ask a mount of iohang-fuse which images hang, and say what to do."
+    parser = _Parser(
+        prog="iohangctl",
+        description="Ask a mount of iohang-fuse which images hang, and say what to do.",
+        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="the monitor's own answer, for programs")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-m", "--mountpoint", metavar="DIRECTORY", help="the mount (needed where there are several)")
     where.add_argument("-s", "--socket", metavar="FILE", help="its monitor's socket, where that is elsewhere")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("status", help="how the mount is, in a few lines")
     verbs.add_parser(
         "check",
@@ -114,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="+",
         metavar="[IMAGE] KEY=VALUE",
-        help="timeout, read_timeout, write_timeout, fsync_timeout, interval",
+        help=", ".join(SETTABLE),
     )
     return parser
 
@@ -124,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def find_socket(given: argparse.Namespace) -> Path:
     """The monitor's socket. Raises `Problem` with what would be right."""
+    for option, value, what in (("-s", given.socket, "socket"), ("-m", given.mountpoint, "mount point")):
+        if value is not None and (not value or "\0" in value):
+            raise Misuse(f"{option}: {value!r} is no path; name the {what}")
     if given.socket:
         return Path(given.socket)
     if given.mountpoint:
@@ -135,7 +195,8 @@ def find_socket(given: argparse.Namespace) -> Path:
     if not found:
         raise Problem(NO_MOUNT)
     raise Problem(
-        f"several mounts have a monitor; say which one with -m DIRECTORY: {', '.join(path.stem for path in found)}"
+        "several mounts have a monitor; say which one with -m DIRECTORY, or its socket with -s FILE: "
+        + ", ".join(map(str, found))
     )
 
 
@@ -144,8 +205,11 @@ def _sockets() -> list[Path]:
 
 
 async def _run(given: argparse.Namespace) -> int:
+    if given.verb == "top":
+        return await _top(given)
+    order = _settings(given.what) if given.verb == "set" else {}  # what is wrong with it needs no server to say so
     async with _connected(given, find_socket(given)) as client:
-        return await _do(client, given)
+        return await _do(client, given, order)
 
 
 @contextlib.asynccontextmanager
@@ -154,14 +218,14 @@ async def _connected(given: argparse.Namespace, path: Path) -> AsyncIterator[QMP
     client = QMPClient("iohangctl")
     try:
         await asyncio.wait_for(client.connect(str(path)), ANSWER_S)
-    except ConnectError as error:
-        why = error.exc.strerror if isinstance(error.exc, OSError) else str(error.exc)
-        raise Problem(f"{path}: {why}; is it mounted, and with a monitor?") from None
+    except (ConnectError, ValueError) as error:
+        raise Problem(_no_monitor(given, path, error)) from None
     except TimeoutError:
         raise Problem(
             f"{path}: no answer within {ANSWER_S:g} s; the server is stuck: see its log, and its stack with py-spy"
         ) from None
     try:
+        _check_greeting(client, path)
         if given.mountpoint:
             await _check_mountpoint(client, path, _real(given.mountpoint))
         yield client
@@ -235,6 +299,31 @@ async def _asked_for_doctor(
         return None, None, str(problem).removeprefix(f"{path}: ")
 
 
+def _no_monitor(given: argparse.Namespace, path: Path, error: Exception) -> str:
+    """Why there is nobody at *path*, and what would be right."""
+    cause = error.exc if isinstance(error, ConnectError) else error
+    if len(os.fsencode(path)) > LONGEST_SOCKET:
+        return f"{path}: a socket's name has {LONGEST_SOCKET} bytes at most; name the one that the mount was told by monitor=FILE"
+    if not isinstance(cause, OSError):
+        why = str(cause) or "it ends the connection at once"
+        return f"{path}: what listens there does not speak QMP ({why}); name the monitor of a mount"
+    why = cause.strerror or str(cause)
+    if cause.errno == errno.EACCES:
+        return f"{path}: {why}; it is for root and the group that the mount was told by monitor_group=GROUP"
+    if given.mountpoint:
+        return f"{given.mountpoint} has no monitor ({path}: {why}); is it the mount point of an iohang-mount, with a monitor?"
+    return f"{path}: {why}; is it mounted, and with a monitor?"
+
+
+def _check_greeting(client: QMPClient, path: Path) -> None:
+    """QEMU's own monitors answer, too, and `query-status` means something else there."""
+    package = (client.greeting.QMP.version if client.greeting else {}).get("package")
+    if package != PACKAGE:
+        raise Problem(
+            f"{path} is no monitor of an iohang-mount, but QMP of {package or 'something else'!r}; name that of a mount"
+        )
+
+
 def _real(mountpoint: str) -> str:
     """As the mount table has it. The mount itself is not asked: it may hang."""
     parent, name = os.path.split(os.path.abspath(mountpoint))
@@ -259,7 +348,7 @@ async def _ask(client: QMPClient, command: str, arguments: Mapping[str, object] 
         raise Problem(f"{command}: no answer within {ANSWER_S:g} s") from None
 
 
-async def _do(client: QMPClient, given: argparse.Namespace) -> int:
+async def _do(client: QMPClient, given: argparse.Namespace, order: Mapping[str, object]) -> int:
     verb = given.verb
     if verb == "watch":
         return await _watch(client, json_=given.json)
@@ -272,7 +361,7 @@ async def _do(client: QMPClient, given: argparse.Namespace) -> int:
             _show(_status(answer, images) if verb == "status" else [_check(answer, images)])
         return {"healthy": FINE, "hanging": HANGING}.get(answer["status"], TIMED_OUT) if verb == "check" else 0
     if verb == "set":
-        answer = await _ask(client, "io-hang-set", _settings(given.what))
+        answer = await _ask(client, "io-hang-set", order)
     else:
         command = {"list": "query-io-hang", "held": "query-held"}.get(verb, f"io-hang-{verb}")
         answer = await _ask(client, command, {"image": given.image} if given.image is not None else {})
@@ -289,8 +378,16 @@ def _settings(words: Sequence[str]) -> dict[str, object]:
     for word in words[len(image) :]:
         key, equals, value = word.partition("=")
         if not equals:
-            raise Problem(f"'{word}' sets nothing; say KEY=VALUE, such as timeout=5min")
-        settings[key.replace("_", "-")] = value
+            raise Misuse(f"{word!r} sets nothing; say KEY=VALUE, such as timeout=5min")
+        name = key.replace("-", "_")
+        if name not in SETTABLE:
+            there_are = nearest(name, SETTABLE) or f"; there are {', '.join(SETTABLE)}"
+            raise Misuse(f"{key!r} cannot be set{there_are}")
+        if name.replace("_", "-") in settings:
+            raise Misuse(f"{name} is given twice; leave one of them out")
+        settings[name.replace("_", "-")] = value
+    if len(settings) == len(image):
+        raise Misuse(f"nothing to set for {words[0]!r}; say KEY=VALUE, such as timeout=5min")
     return settings
 
 
@@ -305,7 +402,7 @@ async def _watch(client: QMPClient, *, json_: bool) -> int:
                 raise Problem("the mount has ended")
             event: dict[str, Any] = dict(getting.result())
             at = time.strftime("%F %T", time.localtime(event["timestamp"]["seconds"]))
-            print(json.dumps(event) if json_ else f"{at} {_event(event)}", flush=True)  # noqa: T201
+            print(json.dumps(event) if json_ else printable(f"{at} {_event(event)}"), flush=True)  # noqa: T201
             if event["event"] == "SHUTDOWN":
                 return 0
 
@@ -315,7 +412,7 @@ async def _watch(client: QMPClient, *, json_: bool) -> int:
 
 def _show(lines: Sequence[str]) -> None:
     for line in lines:
-        print(line)  # noqa: T201
+        print(printable(line))  # noqa: T201
 
 
 def _show_json(answer: object) -> None:

@@ -57,6 +57,24 @@ class TimedOut:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A request was answered with the error *answer*, after the one that `TimedOut` has told of.
+
+    *errno* is that of its latest attempt. *held_s*: how long it was held; 0 where the image is timed out, and new failures are
+    answered at once.
+    """
+
+    image: str
+    op: Op
+    errno: int | None
+    answer: int
+    at_s: float
+    held_s: float
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class HeldLimitReached:
     """A failure was passed on because the data held has reached `held_limit`; once a minute."""
 
@@ -75,4 +93,4 @@ class ReopenRefused:
     at_s: float
 
 
-Event = HangBegan | HangEnded | TimedOut | HeldLimitReached | ReopenRefused
+Event = HangBegan | HangEnded | TimedOut | GivenUp | HeldLimitReached | ReopenRefused

@@ -40,16 +40,17 @@ import re
 import signal
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pyfuse3
 import trio
 
-from iohang_fuse import limits, logs, receiver, source, syscalls
+from iohang_fuse import config, limits, logs, mountwords, receiver, source, syscalls
 from iohang_fuse.engine import Engine
 from iohang_fuse.events import Op
 from iohang_fuse.filesystem import Filesystem
 from iohang_fuse.inodes import Node
+from iohang_fuse.messages import printable
 from iohang_fuse.pagecache import DirtyData, WritebackErrors
 from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
@@ -538,14 +539,22 @@ for _name in ("fsync", "flush"):
 _with_fault("statfs", lambda _self, _args: ".")
 
 
+class _Refused(Exception):
+    """Why there will be no mount, in one line."""
+
+
 async def _serve(
     directory: str, mountpoint: str, trigger: str, options: set[str], writeback_every_s: float | None, seed: int
 ) -> None:
     os.umask(0)
+    try:
+        root = source.open_root(directory)
+    except OSError as error:
+        raise _Refused(f"DIRECTORY {directory}: {error.strerror}") from None
     nothing_held = Policy(dict.fromkeys(Op, 0.0), 5.0, frozenset(), errno.EIO, share=1024)
     requests = Requests(nothing_held, 0, [], engine=Engine("auto"))
     filesystem = FlakyFilesystem(
-        source.open_root(directory),
+        root,
         requests,
         attr_timeout_s=0,
         entry_timeout_s=0,
@@ -553,7 +562,10 @@ async def _serve(
         trigger=Trigger(trigger, seed),
         writeback_every_s=writeback_every_s,
     )
-    pyfuse3.init(filesystem, mountpoint, {f"fsname={directory}", "subtype=iohang-flaky", *options})
+    try:
+        pyfuse3.init(filesystem, mountpoint, {f"fsname={directory}", "subtype=iohang-flaky", *options})
+    except RuntimeError as error:
+        raise _Refused(f"the kernel or libfuse refused the mount on {mountpoint}: {error}") from None
     limits.alarm_clock()
     try:
         async with trio.open_nursery() as nursery:
@@ -591,21 +603,35 @@ async def _unmount_at_signal(mountpoint: str, server: trio.CancelScope) -> None:
 
 
 def _seconds(word: str) -> float:
-    seconds = float(word)
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{word} is not a number of seconds above 0")
-    return seconds
+    if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", word) or not float(word) > 0:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds above 0; say 0.5 or 2")
+    return float(word)
+
+
+def _mount_words(words: str) -> list[str]:
+    for word in words.split(","):
+        if word not in mountwords.FLAGS:
+            near = config.nearest(word, mountwords.FLAGS) or f"; there are {', '.join(sorted(mountwords.FLAGS))}"
+            raise argparse.ArgumentTypeError(f"{word!r} is no mount word{near}")
+    return words.split(",")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one line in place of a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(config.USAGE, f"iohang-flaky: {printable(message)}; see iohang-flaky --help\n")
 
 
 def main() -> int:
     """The command `iohang-flaky`."""
-    parser = argparse.ArgumentParser(
-        prog="iohang-flaky", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="iohang-flaky", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
     parser.add_argument("mountpoint")
     parser.add_argument("trigger", help="the file with the rules; need not exist")
-    parser.add_argument("-o", dest="options", action="append", default=[], help="mount words, such as allow_other")
+    parser.add_argument(
+        "-o", dest="options", action="extend", type=_mount_words, default=[], help="mount words, such as allow_other"
+    )
     parser.add_argument(
         "--page-cache", action="store_true", help="acknowledge writes from memory, and write them back later"
     )
@@ -614,23 +640,31 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, help="for rules with chance=; the log says which it was")
     args = parser.parse_args()
-    limits.raise_open_files()
     paths = [os.path.abspath(path) for path in (args.directory, args.mountpoint, args.trigger)]
-    for path in paths[:2]:
+    for what, path in zip(("DIRECTORY", "MOUNTPOINT"), paths, strict=False):
         if not os.path.isdir(path):
-            print(f"iohang-flaky: {path} is not a directory", file=sys.stderr)  # noqa: T201
-            return 1
-    with logs.to_stderr_or(None, verbose=False):
-        trio.run(
-            _serve,
-            paths[0],
-            paths[1],
-            paths[2],
-            {word for option in args.options for word in option.split(",")},
-            args.writeback_every if args.page_cache else None,
-            random.SystemRandom().getrandbits(32) if args.seed is None else args.seed,
-        )
+            why = "is not a directory" if os.path.lexists(path) else "does not exist"
+            return _refused(f"{what} {path} {why}; name a directory")
+    limits.raise_open_files()
+    try:
+        with logs.to_stderr_or(None, level=logging.INFO):
+            trio.run(
+                _serve,
+                paths[0],
+                paths[1],
+                paths[2],
+                set(args.options),
+                args.writeback_every if args.page_cache else None,
+                random.SystemRandom().getrandbits(32) if args.seed is None else args.seed,
+            )
+    except _Refused as error:
+        return _refused(str(error))
     return 0
+
+
+def _refused(text: str) -> int:
+    print(f"iohang-flaky: {printable(text)}", file=sys.stderr)  # noqa: T201
+    return config.MOUNT_FAILURE
 
 
 if __name__ == "__main__":

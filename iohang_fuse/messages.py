@@ -1,4 +1,4 @@
-"""What the log says of an event: one sentence with the image, the error, since when and until when.
+"""What the log says of an event: one sentence with the image, the error, since when and until when; and the same as fields.
 
 Pure: `clock` turns the event's monotonic seconds into the wall clock's words.
 """
@@ -11,7 +11,7 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, ReopenRefused, TimedOut
+from iohang_fuse.events import Event, GivenUp, HangBegan, HangEnded, HeldLimitReached, Op, ReopenRefused, TimedOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,15 @@ def error_words(errno: int | None) -> str:
 def errno_name(errno: int | None) -> str | None:
     """`EIO`; a number that has no name as it is."""
     return None if errno is None else errnos.errorcode.get(errno, str(errno))
+
+
+def printable(text: str) -> str:
+    r"""*text* on one line: a file's name may have newlines and a terminal's commands in it. They become `\n`, `\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii") for each in text
+    )
 
 
 def span_words(seconds: float) -> str:
@@ -80,6 +89,16 @@ def sentence(  # noqa: PLR0911 - one for each kind of event
             )
         case TimedOut():
             return logging.WARNING, f"{event.image}: works again; failures are held as before."
+        case GivenUp() if event.held_s:
+            return logging.ERROR, (
+                f"{event.image}: {event.op}{_where(event)} was given up after {span_words(event.held_s)}: "
+                f"{error_words(event.errno)}; its consumer has {errno_name(event.answer)}."
+            )
+        case GivenUp():
+            return logging.ERROR, (
+                f"{event.image}: {event.op}{_where(event)} failed with {error_words(event.errno)} and was not held, because the "
+                f"image is timed out; its consumer has {errno_name(event.answer)}."
+            )
         case HeldLimitReached():
             return logging.ERROR, (
                 f"{event.image}: {error_words(event.errno)} was passed on, because {event.held_bytes} bytes are held and "
@@ -90,3 +109,54 @@ def sentence(  # noqa: PLR0911 - one for each kind of event
                 f"{event.image}: its descriptor fails, and it was not opened anew: {event.why}. It is not written by that name; "
                 f"put the file back under its name, or let its consumer close it."
             )
+
+
+def _where(event: GivenUp) -> str:
+    return "" if event.op is Op.FSYNC else f" of {event.length} bytes at {event.offset}"
+
+
+KINDS = {
+    "hang-begin": "edab743baa214332a1dfa25b880d781c",
+    "hang-end": "952daba70cab40019f72b805f7467c6f",
+    "timed-out": "9544398fa30843e2913de5c2b76c330d",
+    "works-again": "dc7a638f837d425499cb9a21db8786ce",
+    "given-up": "f2daf3e10d4f400b96fb0397edfb5ac8",
+    "held-limit": "dbfe3743a3584c1f91428b91f5ea2070",
+    "reopen-refused": "9bcdec992e5345678c35c26229cb2efd",
+}
+"""Each kind of event, with the journal's MESSAGE_ID for it. They are documented, and never change."""
+
+
+def kind_of(event: Event) -> str:
+    """The kind of *event*, a key of `KINDS`."""
+    match event:
+        case HangBegan():
+            return "hang-begin"
+        case HangEnded():
+            return "hang-end"
+        case TimedOut():
+            return "timed-out" if event.on else "works-again"
+        case GivenUp():
+            return "given-up"
+        case HeldLimitReached():
+            return "held-limit"
+        case ReopenRefused():
+            return "reopen-refused"
+
+
+def fields(event: Event) -> dict[str, str]:
+    """The journal's fields of *event*: what its sentence says, for programs. What an event has not is left out."""
+    kind = kind_of(event)
+    found = {"MESSAGE_ID": KINDS[kind], "IOHANG_EVENT": kind, "IOHANG_IMAGE": event.image}
+    errno = getattr(event, "errno", None)
+    if errno is not None:
+        found |= {"IOHANG_ERRNO": errno_name(errno) or "", "ERRNO": str(errno)}
+    for name in "op held held_max recovered given_up passed_on offset length held_bytes why".split():
+        value = getattr(event, name, None)
+        if value is not None:
+            found[f"IOHANG_{name.upper()}"] = str(value)
+    if isinstance(event, HangEnded):
+        found["IOHANG_DURATION_S"] = f"{event.duration_s:.3f}"
+    if isinstance(event, GivenUp):
+        found |= {"IOHANG_ANSWER": errno_name(event.answer) or "", "IOHANG_HELD_S": f"{event.held_s:.3f}"}
+    return found

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from iohang_fuse import socketname
 from iohang_fuse.commands import ARGUMENTS, Commands
 from iohang_fuse.config import LONGEST_SOCKET
 from iohang_fuse.events import Event, HangBegan, HangEnded, TimedOut
 from iohang_fuse.messages import errno_name
-from iohang_fuse.qmp import Call, QmpError, Session
+from iohang_fuse.qmp import PACKAGE, Call, QmpError, Session
+from iohang_fuse.throttle import Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,9 @@ MOST_CLIENTS = 200
 BURST, PER_S = 20, 1.0
 """Events of one kind and image: so many at once, and so many a second in the long run. When storage flaps, what is left out is
 counted in the next one that is sent, and the last one is never left out."""
+
+_Said = tuple[str, dict[str, object], float]
+"""An event as QMP has it: its name, its data, and when it was (seconds since the epoch)."""
 
 _RECEIVE_BYTES = 16 << 10
 
@@ -108,26 +113,6 @@ class _Client:
             self._scope.cancel()  # it is gone
 
 
-class _Throttle:
-    """How many events of one image are sent."""
-
-    def __init__(self) -> None:
-        self.left = float(BURST)
-        self.at_s = -1.0
-        self.left_out = 0
-        self.waiting: tuple[str, dict[str, object], float] | None = None
-
-    def take(self, now: float) -> bool:
-        """Whether one more may be sent."""
-        if self.at_s >= 0:
-            self.left = min(self.left + (now - self.at_s) * PER_S, BURST)
-        self.at_s = now
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
-
-
 class Monitor:
     """The socket of one mount."""
 
@@ -136,38 +121,29 @@ class Monitor:
         self._commands = commands
         self._version = version
         self._clients: set[_Client] = set()
-        self._throttles: dict[tuple[str, str], _Throttle] = {}  # by image and event
+        self._throttle: Throttle[tuple[str, str], _Said] = Throttle(BURST, PER_S)  # by image and event
         self._socket: socket.socket | None = None
         self._identity = (0, 0)
 
-    def bind(self, group: str | None) -> None:
+    def bind(self, group: str | None, has_lost: Callable[[str], bool] = lambda _mountpoint: False) -> None:
         """Make the socket, for root and *group*. Raises OSError, or LookupError if there is no such group.
 
-        One that a dead server has left is replaced; one that answers is somebody's, and EADDRINUSE.
+        Who has the name already keeps it, unless it is dead or *has_lost* its mount point: see socketname.py.
         """
         if len(os.fsencode(self._path)) > LONGEST_SOCKET:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if not self._path.parent.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.parent.chmod(0o755)  # whatever the umask is: the group has to come through
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            try:
-                sock.bind(str(self._path))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or _is_alive(self._path):
-                    raise
-                self._path.unlink()
-                sock.bind(str(self._path))
-            self._socket, self._identity = sock, _identity(self._path)
+
+        def prepare(sock: socket.socket) -> None:
             if group is not None:
                 shutil.chown(self._path, group=group)
             self._path.chmod(MODE)  # before it listens: nobody has come in by then
             sock.listen(64)
-        except BaseException:
-            self.close()
-            sock.close()
-            raise
+
+        sock = socketname.claim(self._path, has_lost, prepare)
+        self._socket, self._identity = sock, socketname.identity_of(self._path)
         sock.setblocking(False)  # noqa: FBT003
 
     async def serve(self) -> None:
@@ -196,14 +172,12 @@ class Monitor:
     def close(self) -> None:
         """Nobody comes in any more."""
         if self._socket is not None:
-            with contextlib.suppress(OSError):
-                if _identity(self._path) == self._identity:  # and not that of the next server, which took the name over
-                    self._path.unlink()
+            socketname.give_back(self._path, self._identity)
             self._socket.close()
             self._socket = None
 
     async def _serve_client(self, stream: trio.SocketStream, room: trio.Semaphore) -> None:
-        client = _Client(stream, Session(ARGUMENTS, self._version, "iohang-fuse"))
+        client = _Client(stream, Session(ARGUMENTS, self._version, PACKAGE))
         self._clients.add(client)
         try:
             await client.serve(lambda call: self._call(client, call))
@@ -226,13 +200,9 @@ class Monitor:
         if said is None:
             return
         name, data = said
-        throttle = self._throttles.setdefault((event.image, name), _Throttle())
-        throttle.left_out += throttle.waiting is not None
-        if throttle.take(event.at_s):
-            throttle.waiting = None
-            self._send(throttle, name, data, time.time())
-        else:
-            throttle.waiting = name, data, time.time()
+        told = self._throttle.offer((event.image, name), (name, data, time.time()), event.at_s)
+        if told is not None:
+            self._send(*told)
 
     def shut_down(self, reason: str) -> None:
         """The mount ends."""
@@ -242,18 +212,13 @@ class Monitor:
     async def _send_what_waits(self) -> None:
         while True:
             await trio.sleep(1 / PER_S)
-            for key, throttle in [*self._throttles.items()]:
-                if throttle.waiting is not None and throttle.take(trio.current_time()):
-                    name, data, at_s = throttle.waiting
-                    throttle.waiting = None
-                    self._send(throttle, name, data, at_s)
-                elif throttle.waiting is None and trio.current_time() - throttle.at_s > BURST / PER_S:
-                    del self._throttles[key]  # as good as new
+            for told in self._throttle.due(trio.current_time()):
+                self._send(*told)
 
-    def _send(self, throttle: _Throttle, name: str, data: dict[str, object], at_s: float) -> None:
-        if throttle.left_out:
-            data = data | {"left-out": throttle.left_out}
-            throttle.left_out = 0
+    def _send(self, said: _Said, left_out: int) -> None:
+        name, data, at_s = said
+        if left_out:
+            data = data | {"left-out": left_out}
         for client in self._clients:
             client.send(client.session.event(name, data, at_s))
 
@@ -279,23 +244,3 @@ def _said(event: Event) -> tuple[str, dict[str, object]] | None:
                 "held": event.held,
             }  # fmt: skip
     return None
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.lstat()
-    return status.st_dev, status.st_ino
-
-
-def _is_alive(path: Path) -> bool:
-    """Whether a server listens at *path*, or it is no socket at all."""
-    if not path.is_socket():
-        return True
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # noqa: FBT003 - one that does not accept is alive, too
-        try:
-            probe.connect(str(path))
-        except BlockingIOError:
-            return True
-        except OSError as error:
-            return error.errno != errno.ECONNREFUSED
-        return True

@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +24,11 @@ from iohang_fuse import __version__, background, diagnosis, limits, logs, presen
 from iohang_fuse.commands import About, Commands
 from iohang_fuse.config import MONITOR, Config
 from iohang_fuse.engine import Engine, Unavailable
-from iohang_fuse.events import Event, Op
+from iohang_fuse.eventlog import EventLog
+from iohang_fuse.events import Op
 from iohang_fuse.exposition import Exposition
 from iohang_fuse.filesystem import Filesystem
-from iohang_fuse.messages import error_words, sentence, span_words
+from iohang_fuse.messages import error_words, printable, span_words
 from iohang_fuse.metrics import Metrics
 from iohang_fuse.monitor import Monitor
 from iohang_fuse.mountwords import libfuse_escaped
@@ -74,22 +76,28 @@ def run(config: Config, *, foreground: bool, fake: bool = False, verbose: bool =
         limits.raise_open_files()
         check_limits(config)
     except Refusal as refusal:
-        print(f"iohang-mount: {refusal}", file=sys.stderr)  # noqa: T201
+        _complain(str(refusal))
         notify.tell(STATUS=refusal)
         return refusal.code
     if fake:
         return 0
+    level = logging.DEBUG if verbose else logging.getLevelNamesMapping()[config.log_level.upper()]
     if foreground:
-        with logs.to_stderr_or(config.log, verbose=verbose):
-            return _serve(config, mountpoint, started=background.NoParent(), notify=notify)
+        complain_too = _complain if config.log is not None else None  # stderr has what is logged otherwise
+        with logs.to_stderr_or(config.log, level=level):
+            return _serve(config, mountpoint, started=background.NoParent(complain_too), notify=notify)
     return background.run(
-        lambda started: _in_background(config, mountpoint, verbose=verbose, started=started),
-        complain=lambda text: print(f"iohang-mount: {text}", file=sys.stderr),  # noqa: T201
+        lambda started: _in_background(config, mountpoint, level, started=started),
+        complain=_complain,
     )
 
 
-def _in_background(config: Config, mountpoint: str, *, verbose: bool, started: background.Started) -> int:
-    with logs.to_syslog_or(config.log, verbose=verbose):
+def _complain(text: str) -> None:
+    print(f"iohang-mount: {printable(text)}", file=sys.stderr)  # noqa: T201
+
+
+def _in_background(config: Config, mountpoint: str, level: int, *, started: background.Started) -> int:
+    with logs.to_syslog_or(config.log, level=level):
         return _serve(config, mountpoint, started=started, notify=Notify())
 
 
@@ -123,30 +131,39 @@ def check_paths(config: Config) -> str:
 
     MOUNTPOINT is neither opened nor listed: on an automount that would wait for the mount that we are.
     """
-    try:
-        if not Path(config.source).is_dir():
-            what = "is not a directory" if Path(config.source).exists() else "does not exist"
-            raise Refusal(EX_FAILURE, f"SOURCE {config.source} {what}")
-    except OSError as error:
-        raise Refusal(EX_FAILURE, f"SOURCE {config.source}: {error_words(error.errno)}") from None
+    _check_directory("SOURCE", str(config.source), "name the directory of the images")
     origin = os.path.realpath(config.source)
     mountpoint = os.path.realpath(config.mountpoint)
     for mounted in presence.mount_table():
         if mounted.mountpoint == mountpoint and mounted.fstype == f"fuse.{SUBTYPE}":
             state = "" if _answers(mountpoint) else ", and its server is gone; `umount` it first"
             raise Refusal(EX_FAILURE, f"{mountpoint} is already an iohang-mount of {mounted.source}{state}")
-    try:
-        is_directory = os.path.isdir(mountpoint)
-    except OSError as error:
-        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint}: {error_words(error.errno)}") from None
-    if not is_directory:
-        what = "is not a directory" if os.path.lexists(mountpoint) else "does not exist"
-        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint} {what}")
+    _check_directory("MOUNTPOINT", mountpoint, "make it with mkdir(1)")
+    if origin == mountpoint:
+        raise Refusal(EX_FAILURE, f"SOURCE and MOUNTPOINT are both {origin}; name two directories")
     if _lies_in(origin, mountpoint):
-        raise Refusal(EX_FAILURE, f"SOURCE {origin} lies under MOUNTPOINT {mountpoint}: the mount would hide it")
+        raise Refusal(
+            EX_FAILURE,
+            f"SOURCE {origin} lies under MOUNTPOINT {mountpoint}: the mount would hide it; mount elsewhere",
+        )
     if _lies_in(mountpoint, origin):
-        raise Refusal(EX_FAILURE, f"MOUNTPOINT {mountpoint} lies under SOURCE {origin}: the mount would show itself")
+        raise Refusal(
+            EX_FAILURE,
+            f"MOUNTPOINT {mountpoint} lies under SOURCE {origin}: the mount would show itself; mount elsewhere",
+        )
     return mountpoint
+
+
+def _check_directory(what: str, path: str, right: str) -> None:
+    """Raises `Refusal` unless *path* is one. stat(2) neither opens it nor sets off an automount."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise Refusal(EX_FAILURE, f"{what} {path} does not exist; {right}") from None
+    except OSError as error:
+        raise Refusal(EX_FAILURE, f"{what} {path}: {error_words(error.errno)}") from None
+    if not stat.S_ISDIR(mode):
+        raise Refusal(EX_FAILURE, f"{what} {path} is not a directory; name one")
 
 
 def _lies_in(path: str, folder: str) -> bool:
@@ -168,7 +185,9 @@ def check_log(config: Config) -> None:
             with config.log.open("ab"):
                 pass
         except OSError as error:
-            raise Refusal(EX_USAGE, f"log {config.log} cannot be written: {error_words(error.errno)}") from None
+            raise Refusal(
+                EX_USAGE, f"log {config.log} cannot be written: {error_words(error.errno)}; name a file"
+            ) from None
 
 
 def _longest_timeout_s(config: Config) -> float:
@@ -217,10 +236,11 @@ class _Server:
             engine = Engine(config.engine)
         except Unavailable as error:
             raise Refusal(EX_SYSTEM, f"engine uring is not to be had: {error}; or say engine=auto") from None
+        self._event_log = EventLog(mountpoint)
         self._requests = Requests(
             _policy(config),
             config.held_limit_bytes,
-            [self._log_event],
+            [self._event_log.tell],
             write_log=config.write_log_bytes,
             price=limits.price_of_held_bytes(),
             engine=engine,
@@ -248,7 +268,7 @@ class _Server:
         major, minor, micro = (int(part) for part in __version__.split("."))
         monitor = Monitor(path, commands, (major, minor, micro))
         try:
-            monitor.bind(self._config.monitor_group)
+            monitor.bind(self._config.monitor_group, self._has_lost)
         except OSError as error:
             words = f"monitor: no socket at {path}: {error_words(error.errno)}"
             if self._config.monitor != MONITOR:
@@ -282,6 +302,13 @@ class _Server:
         exposition.start()
         return exposition
 
+    def _has_lost(self, mountpoint: str) -> bool:
+        """Whether a server of *mountpoint* has been detached, so that this one is to be found where it was."""
+        return mountpoint == self._mountpoint and not any(
+            mounted.mountpoint == mountpoint and mounted.fstype == f"fuse.{SUBTYPE}"
+            for mounted in presence.mount_table()
+        )
+
     async def run(self) -> int:
         """Mount, serve until unmounted. Raises `Refusal` if the mount fails."""
         try:
@@ -290,6 +317,7 @@ class _Server:
         finally:
             if self._metrics is not None:
                 self._metrics.stop()
+            self._event_log.flush()
             if self._monitor is not None:
                 self._monitor.close()
 
@@ -323,6 +351,7 @@ class _Server:
                 nursery.start_soon(filesystem.close_unwanted)
                 nursery.start_soon(self._requests.serve, nursery)
                 nursery.start_soon(self._mind_signals, nursery)
+                nursery.start_soon(self._event_log.serve)
                 nursery.start_soon(self._announce)
                 nursery.start_soon(self._service.serve)
                 if self._monitor is not None:
@@ -477,10 +506,6 @@ class _Server:
             await trio.sleep(0.05)  # for the word to go out
 
     # ---- what the log gets
-
-    def _log_event(self, event: Event) -> None:
-        level, text = sentence(event, diagnosis.wall_clock)
-        log.log(level, "%s", text)
 
     def _dump(self) -> None:
         """SIGUSR1: everything that waits, and where every task and thread is."""

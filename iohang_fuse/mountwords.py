@@ -48,7 +48,7 @@ REFUSED = {
     "nonempty": "libfuse 3 always allows that; leave it out",
     "allow_root": "not supported; say allow_other with default_permissions",
     "direct_io": "decided for each open file; see the option direct",
-    "debug": "not an option here; say -v",
+    "debug": "not an option here; say log_level=debug, or -v",
     **dict.fromkeys(("subtype", "fd", "rootmode", "user_id", "group_id"), _INTERNAL),
     **dict.fromkeys(("blkdev", "blksize", "loop"), _BLOCK_DEVICE),
     **dict.fromkeys(("umask", "uid", "gid"), _OWNERSHIP),

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 MESSAGE_BYTES = 64 << 10
 """One message of a client. The longest that makes sense has a file's name in it, of 4 KiB."""
+
+PACKAGE = "iohang-fuse"
+"""Who greets: a client can tell it from QEMU by this."""
+
+MOST_NESTED = 100
+"""Levels of one message; two make sense. An `id` goes back as it came, and Python's own limit is met earlier there than here."""
 
 _STRUCTURE = re.compile(rb'["\\{}\[\]]')
 _SPACES = re.compile(rb"[ \t\r\n]*")
@@ -70,6 +77,7 @@ class _Stream:
     pending: bytearray = field(default_factory=bytearray)
     scanned: int = 0  # so much of it has been looked at
     depth: int = 0
+    deepest: int = 0  # of the text that is being looked at, or came out last
     in_string: bool = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -79,6 +87,7 @@ class _Stream:
 
     def _next(self) -> bytes | None:
         if not self.depth:
+            self.deepest = 0
             if not self.scanned:
                 del self.pending[: _SPACES.match(self.pending).end()]  # type: ignore[union-attr]  # of nothing, at least
             if self.pending and self.pending[0] not in b"{[":
@@ -102,6 +111,7 @@ class _Stream:
             self.in_string = True
         elif char in b"{[":
             self.depth += 1
+            self.deepest = max(self.deepest, self.depth)
         elif char in b"}]":
             self.depth -= 1
             return self.depth == 0
@@ -148,7 +158,7 @@ class Session:
         for text in self._stream.feed(data):
             if len(text) > MESSAGE_BYTES:
                 break
-            yield from self._message(text)
+            yield from self._message(text, self._stream.deepest)
         else:
             if len(self._stream.pending) <= MESSAGE_BYTES:
                 return
@@ -171,8 +181,10 @@ class Session:
         stamp = {"seconds": int(seconds), "microseconds": int(fraction * 1e6)}
         return _line({"timestamp": stamp, "event": name, "data": data})
 
-    def _message(self, text: bytes) -> Iterator[Call | bytes]:
+    def _message(self, text: bytes, nested: int) -> Iterator[Call | bytes]:
         try:
+            if nested > MOST_NESTED:
+                raise QmpError(f"JSON parse error, nested too deep: {nested} levels, and {MOST_NESTED} at most")
             message = _parsed(text)
         except QmpError as error:
             yield _error(error)
@@ -186,7 +198,7 @@ class Session:
     def _called(self, message: dict[str, Any], bare: Call) -> Iterator[Call | bytes]:
         unknown = sorted({*message} - {"execute", "arguments", "id"})
         if unknown:
-            raise QmpError(f"QMP input member '{unknown[0]}' is unexpected")
+            raise QmpError(f"QMP input member {_short(unknown[0])} is unexpected")
         name, given = message.get("execute"), message.get("arguments", {})
         if not isinstance(name, str):
             raise QmpError(
@@ -236,9 +248,9 @@ def _parsed(text: bytes) -> dict[str, Any]:
     if text[:1] not in (b"{", b"["):
         raise QmpError(f"JSON parse error, expecting an object and not {_short(text.decode(errors='replace'))}")
     try:
-        message = json.loads(text.decode(), object_pairs_hook=_no_doubles, parse_constant=_no_constant)
-    except RecursionError:
-        raise QmpError("JSON parse error, nested too deep") from None
+        message = json.loads(
+            text.decode(), object_pairs_hook=_no_doubles, parse_constant=_no_constant, parse_float=_finite
+        )
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are among them
         raise QmpError(f"JSON parse error, {error}") from None
     if not isinstance(message, dict):
@@ -251,6 +263,13 @@ def _no_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) != len(pairs):
         raise ValueError("the same member twice in one object")
     return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{_short(text)} is too large a number")
+    return number
 
 
 def _no_constant(name: str) -> object:

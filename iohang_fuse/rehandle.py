@@ -32,7 +32,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
+from iohang_fuse.events import Event, GivenUp, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
 from iohang_fuse.ordering import Fences, Ordering, Turn
 from iohang_fuse.tally import Tally
 
@@ -317,6 +317,7 @@ class RehandleList:
         elif self.timed_out and not request.held:
             self._tally.passed_on += 1
             self._answer(request, self.policy.timeout_errno, now)
+            self._tell_given_up(request, now, step)
         elif request.held or self._hold(request, now, step):
             self._wait_again(request)
         else:
@@ -677,9 +678,19 @@ class RehandleList:
                 self._tick_s = now + self.policy.interval_s
             others = len(self.held) - request.held
             step.events.append(TimedOut(self.image, True, request.op, request.errno, now, others))  # noqa: FBT003
+        else:
+            self._tell_given_up(request, now, step)
         if request.held:
             self._the_hang.given_up += 1
             self._release(request, now, step)
+
+    def _tell_given_up(self, request: Request, now: float, step: Step) -> None:
+        """One event each: `TimedOut` tells of the image's first alone."""
+        held_s = now - request.limited_s if request.held else 0.0
+        answer = self.policy.timeout_errno if request.answer is None else request.answer
+        step.events.append(
+            GivenUp(self.image, request.op, request.errno, answer, now, held_s, request.offset, request.length)
+        )
 
     def _pass_on(self, request: Request, errno: int, now: float, step: Step) -> None:
         self._tally.passed_on += 1

@@ -540,8 +540,7 @@ class Requests:
                 if request.answer is not None:
                     raise OSError(request.answer, os.strerror(request.answer))
                 begun += 1
-                if begun > 1:
-                    self.tally.retries += 1
+                self.tally.retries += begun > 1
                 try:
                     result = await attempt(request)
                 except Abandoned:
@@ -549,6 +548,11 @@ class Requests:
                 except OSError as error:
                     step = self._failed(image, request, error)
                 else:
+                    if begun > 1:
+                        log.debug(
+                            "%s: %s of %d bytes at %d, attempt %d: done", image.held.image, request.op, request.length,
+                            request.offset, request.attempts,
+                        )  # fmt: skip
                     step = held.succeeded(request, self._now())
                     if request.answer is None:
                         self._apply(image, step)

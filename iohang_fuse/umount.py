@@ -72,8 +72,8 @@ def unmount(mountpoint: str, *, lazy: bool, force: bool, verbose: bool) -> int:
     deadline_s = time.monotonic() + LONGEST_WAIT_S
     while alive := [pid for pid in servers if Path(f"/proc/{pid}").exists()]:
         if time.monotonic() > deadline_s:
-            words = "it serves a copy in another mount namespace, or waits for SOURCE; its log says which"
-            sys.stderr.write(f"umount: {mountpoint} is unmounted, its server ({alive[0]}) goes on: {words}\n")
+            why = "it serves a copy in another mount namespace, or waits for SOURCE; its log says which"
+            sys.stderr.write(f"umount: {mountpoint} is unmounted, its server ({alive[0]}) goes on: {why}\n")
             break
         time.sleep(_PAUSE_S)
     return 0

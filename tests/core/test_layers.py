@@ -16,22 +16,10 @@ PACKAGE = Path(iohang_fuse.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "status", "tally",
-        "writelog"}  # fmt: skip
+        "throttle", "writelog"}  # fmt: skip
 PURE |= {"doctor", "doctor_source", "facts", "findings", "mounttable", "nfs", "qemu", "toptable"}
-EDGE = {
-    "check",
-    "cli",
-    "ctl",
-    "exposition",
-    "filesystem",
-    "flaky",
-    "keeper",
-    "monitor",
-    "mount",
-    "receiver",
-    "top",
-    "umount",
-}
+EDGE = {"check", "cli", "ctl", "exposition", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver", "top",
+        "umount"}  # fmt: skip
 SHELL = {*MODULES} - PURE - EDGE
 
 IMPURE = {"asyncio", "concurrent", "io", "os", "pathlib", "pyfuse3", "random", "select", "signal", "socket", "subprocess",

@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import re
+import uuid
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from iohang_fuse.events import Event, HangBegan, HangEnded, HeldLimitReached, Op, ReopenRefused, TimedOut
-from iohang_fuse.messages import error_words, sentence, span_words
+from iohang_fuse.events import Event, GivenUp, HangBegan, HangEnded, HeldLimitReached, Op, ReopenRefused, TimedOut
+from iohang_fuse.messages import KINDS, error_words, fields, kind_of, printable, sentence, span_words
 
 
 def clock(at_s: float) -> str:
@@ -77,6 +82,22 @@ LINES = [
         "a.img: works again; failures are held as before.",
     ),
     (
+        GivenUp("a.img", Op.WRITE, errno.ETIMEDOUT, errno.ENOSPC, 160, 60, 8192, 4096),
+        logging.ERROR,
+        (
+            "a.img: write of 4096 bytes at 8192 was given up after 1 min 0 s: ETIMEDOUT (Connection timed out); "
+            "its consumer has ENOSPC."
+        ),
+    ),
+    (
+        GivenUp("a.img", Op.FSYNC, errno.EIO, errno.EIO, 160, 0, 0, 0),
+        logging.ERROR,
+        (
+            "a.img: fsync failed with EIO (Input/output error) and was not held, because the image is timed out; "
+            "its consumer has EIO."
+        ),
+    ),
+    (
         HeldLimitReached("a.img", errno.EIO, 100, 1 << 30),
         logging.ERROR,
         "a.img: EIO (Input/output error) was passed on, because 1073741824 bytes are held and held_limit allows no more.",
@@ -134,3 +155,60 @@ def test_an_error_is_named_and_explained() -> None:
     assert error_words(errno.ETIMEDOUT) == "ETIMEDOUT (Connection timed out)"
     assert error_words(None) == "no answer from the storage"
     assert error_words(4095).startswith("4095 (")
+
+
+# ---- the same for programs
+
+ONE_OF_EACH: list[Event] = [*dict.fromkeys(event for event, _, _ in LINES), ReopenRefused("a.img", "another file", 100)]
+
+
+def test_each_kind_has_an_id_of_its_own_that_never_changes() -> None:
+    """docs/iohang-mount.rst, LOGGING: the ids are what an administrator's alarms ask for."""
+    assert {kind_of(event) for event in ONE_OF_EACH} == {*KINDS}
+    page = (Path(__file__).parents[2] / "docs" / "iohang-mount.rst").read_text()
+    for kind, identity in KINDS.items():
+        assert re.search(rf"^``{kind}``\s+``{identity}``", page, re.MULTILINE), kind
+        assert uuid.UUID(hex=identity).version == 4
+    assert len({*KINDS.values()}) == len(KINDS)
+
+
+def test_fields_say_what_the_sentence_says() -> None:
+    """Issue: "the journal's fields where there is one": image, errno, operation, event."""
+    assert fields(HangBegan("vm/a.img", Op.WRITE, errno.EIO, 100, 160)) == {
+        "MESSAGE_ID": KINDS["hang-begin"],
+        "IOHANG_EVENT": "hang-begin",
+        "IOHANG_IMAGE": "vm/a.img",
+        "IOHANG_ERRNO": "EIO",
+        "ERRNO": "5",
+        "IOHANG_OP": "write",
+    }
+    ended = fields(HangEnded("a.img", None, 130, 30, 17, 10, 5, 2))
+    assert ended["IOHANG_DURATION_S"] == "30.000"
+    assert "IOHANG_ERRNO" not in ended, "an attempt that has not returned has none"
+    assert [ended[f"IOHANG_{key}"] for key in ("HELD_MAX", "RECOVERED", "GIVEN_UP", "PASSED_ON")] == [
+        "17",
+        "10",
+        "5",
+        "2",
+    ]
+
+
+@pytest.mark.parametrize("event", ONE_OF_EACH)
+def test_fields_are_such_as_the_journal_takes(event: Event) -> None:
+    """systemd.journal-fields(7): upper case, digits and underscores, no underscore first; 64 at most."""
+    for name, value in fields(event).items():
+        assert re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", name)
+        assert value
+
+
+@given(st.text())
+def test_a_line_is_one_line_whatever_a_file_is_called(name: str) -> None:
+    """A name with a newline in it must not look like another line of the log, nor command a terminal."""
+    shown = printable(name)
+    assert shown.isprintable()
+    assert shown == name or not name.isprintable()
+
+
+def test_what_a_name_has_in_it_is_shown() -> None:
+    """And can be read."""
+    assert printable("a\nb\x1b[2J\udcff\u2028\u00e4.img") == "a\\nb\\x1b[2J\\udcff\\u2028\u00e4.img"

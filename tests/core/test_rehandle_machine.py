@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from iohang_fuse.events import HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
+from iohang_fuse.events import GivenUp, HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
 from iohang_fuse.rehandle import HeldBytes, RehandleList, Request, State, Step
 from tests.core.world import policy
 
@@ -94,7 +94,9 @@ class Machine(RuleBasedStateMachine):
 
     # ---- what a call leads to
 
-    def take(self, step: Step, landed: Request | None = None, errno: int = 0) -> None:
+    def take(  # noqa: C901 - one for each kind of event
+        self, step: Step, landed: Request | None = None, errno: int = 0
+    ) -> None:
         """Follow *step* as the shell would. *landed*: whose attempt has just been reported, with *errno*."""
         was_timed_out = self.timed_out
         for event in step.events:
@@ -109,6 +111,8 @@ class Machine(RuleBasedStateMachine):
                 case TimedOut():
                     assert event.on is not self.timed_out, "P9: on and off alternate"
                     self.timed_out = event.on
+                case GivenUp():
+                    assert self.timed_out, "P9: the first is told as the image's time-out"
                 case HeldLimitReached():
                     assert self.now - self.limit_reported_s >= 60
                     self.limit_reported_s = self.now

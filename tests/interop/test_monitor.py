@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -378,6 +379,32 @@ def test_a_dead_servers_socket_is_replaced_and_a_living_ones_is_not(site: Site, 
         assert json.loads(alive.recv(4096))["QMP"]["version"]["package"] == "iohang-fuse"
 
 
+def test_after_a_lazy_unmount_the_next_mount_has_the_name(site: Site, tmp_path: Path) -> None:
+    """docs/monitor.rst: "The next mount at that place has the name; the old server is found beside it, as long as it serves"."""
+    old, fd = site.mount.pid, os.open(site.image(), os.O_RDONLY)
+    subprocess.run(["umount", "-l", str(site.mount.mountpoint)], check=True)
+    options = ("interval=1", f"monitor={site.socket}")
+    with Mount(tmp_path / "src", site.mount.mountpoint, *options, log=tmp_path / "mnt2.log") as new:
+        assert ask(site, "query-status")["pid"] == new.pid
+        beside = site.socket.with_name(f"m.{old}.sock")
+        assert f"from now on it is asked at {beside}" in new.log_text()
+        site.flaky.fail("data a.img errno=EIO")
+        with ThreadPoolExecutor() as pool:
+            read = pool.submit(os.pread, fd, BLOCK, MIB)
+            there = [*CTL, "-s", str(beside)]
+            wait_until(lambda: b"hanging" in subprocess.run([*there, "list"], capture_output=True, check=True).stdout)
+            subprocess.run([*there, "fail"], capture_output=True, check=True)
+            with pytest.raises(OSError, match=os.strerror(5)):
+                read.result(20)
+        site.flaky.heal()
+        os.close(fd)
+        assert site.mount.process.wait(20) == 0
+        assert not beside.exists()
+        assert ask(site, "query-status")["pid"] == new.pid
+        refused = [sys.executable, "-m", "iohang_fuse.cli", str(tmp_path / "real"), str(new.mountpoint), "-f"]
+        assert subprocess.run(refused, capture_output=True, timeout=30, check=False).returncode == 32
+
+
 def test_quit_unmounts(site: Site) -> None:
     """`quit` is SIGTERM; who listens hears SHUTDOWN."""
 
@@ -411,7 +438,10 @@ def test_iohangctl_says_it_in_words(site: Site) -> None:
     assert json.loads(site.ctl("--json", "held").stdout)[0]["errno"] == "EIO"
     assert "timeouts read 2 h 0 min" in site.ctl("set", "a.img", "timeout=2h").stdout
     wrong = site.ctl("set", "timout=5")
-    assert (wrong.returncode, wrong.stderr) == (ctl.REFUSED, "iohangctl: Parameter 'timout' is unexpected\n")
+    assert (wrong.returncode, wrong.stderr) == (
+        ctl.REFUSED,
+        "iohangctl: 'timout' cannot be set; the nearest is 'timeout'\n",
+    )
     site.flaky.heal()
     assert site.ctl("retry").stdout.startswith("a.img: 1 requests were held") or got
     thread.join(20)

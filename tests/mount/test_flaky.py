@@ -250,8 +250,8 @@ def test_it_says_what_is_missing(tmp_path: Path, missing: str) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 1
-    assert done.stderr == f"iohang-flaky: {tmp_path / missing} is not a directory\n"
+    assert done.returncode == 32
+    assert done.stderr == (f"iohang-flaky: {missing.upper()} {tmp_path / missing} does not exist; name a directory\n")
 
 
 def test_an_outage_of_an_image_whose_name_is_not_utf8(source: FlakySource, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_refuses_bad_paths(paths: tuple[Path, Path], tmp_path: Path) -> None:
         (source, tmp_path / "absent", "absent does not exist"),
         (source, source / "file", "file is not a directory"),
         (source, tmp_path, "lies under MOUNTPOINT"),
-        (source, source, "lies under MOUNTPOINT"),
+        (source, source, "SOURCE and MOUNTPOINT are both"),
         (source, source / "deeper", "lies under SOURCE"),
     ):
         code, message = refusal(bad_source, bad_mountpoint)

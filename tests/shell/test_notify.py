@@ -109,8 +109,7 @@ async def test_more_time_while_an_answer_is_on_its_way(autojump_clock: Any) -> N
     assert not mount._needs_time(begun)
 
 
-@pytest.mark.usefixtures("autojump_clock")
-async def test_what_did_not_get_through_is_said_again() -> None:
+async def test_what_did_not_get_through_is_said_again(autojump_clock: MockClock) -> None:  # noqa: ARG001 - pytest-trio looks for it here
     """READY=1 is not lost because systemd was busy; and a status that has not changed is not said again."""
     told: list[dict[str, object]] = []
 
