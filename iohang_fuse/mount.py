@@ -461,7 +461,7 @@ class _Server:
         # We end when the kernel says that the last copy of the mount is gone. A service with a mount namespace of its
         # own (systemd's PrivateTmp= and the like) may have one for as long as it runs.
         self._unmounted = True
-        self._service.asked_to_end("unmounted; serving the copies in other mount namespaces, if there are any")
+        self._service.asked_to_end("unmounted; serving those who still use it")
 
     async def _unmount_when_free(self) -> None:
         """Guests that are shutting down leave one by one; systemd sends its signal once."""
@@ -469,8 +469,9 @@ class _Server:
             await trio.sleep(1)
             if self._unmounted or self._detached:
                 return
-            if not self._on_top():
-                break
+            if not self._on_top():  # `umount -l` was faster
+                self._is_unmounted()
+                return
             with contextlib.suppress(OSError):
                 await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, 0)
                 self._is_unmounted()

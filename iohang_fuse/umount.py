@@ -63,8 +63,8 @@ def unmount(mountpoint: str, *, lazy: bool, force: bool, verbose: bool) -> int:
         syscalls.umount(mountpoint, flags)
     except OSError as error:
         # As umount(8) has it without a helper.
-        words = {errno.EBUSY: "target is busy.", errno.EINVAL: "not mounted."}
-        return _failed(f"{mountpoint}: {words.get(error.errno or 0, error.strerror)}", EX_FAILURE)
+        said = {errno.EBUSY: "target is busy.", errno.EINVAL: "not mounted."}
+        return _failed(f"{mountpoint}: {said.get(error.errno or 0, error.strerror)}", EX_FAILURE)
     if verbose:
         sys.stdout.write(f"umount: {mountpoint} unmounted\n")
     if lazy:

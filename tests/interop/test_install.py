@@ -40,6 +40,12 @@ umount -l "$3"
 """
 
 
+def test_shellcheck() -> None:
+    """A shell script that others run as root: shellcheck has nothing to say of it."""
+    done = subprocess.run(["shellcheck", INSTALL], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def install(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [INSTALL, *arguments],

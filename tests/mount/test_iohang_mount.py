@@ -247,6 +247,22 @@ def test_a_copy_of_the_mount_elsewhere(paths: tuple[Path, Path], tmp_path: Path)
             subprocess.run(["umount", "-l", str(copy)], check=True)
 
 
+def test_sigterm_takes_no_other_mount_away(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    """A mount in use is unmounted later, as soon as it is free: that, and not what somebody has mounted there since."""
+    source, mountpoint = paths
+    with Mount(source, mountpoint, log=tmp_path / "log") as mount, (mountpoint / "file").open() as file:
+        mount.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stays mounted" in mount.log_text(), what="the server to wait for its user")
+        subprocess.run(["umount", "-l", str(mountpoint)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(mountpoint)], check=True)
+        time.sleep(2.5)  # two of the server's looks
+        assert mounted_at(mountpoint) == ["tmpfs"]
+        assert file.read() == "content"
+        file.close()
+        assert mount.process.wait(20) == 0
+        assert mounted_at(mountpoint) == ["tmpfs"]
+
+
 def test_killed_server_stays_mounted(paths: tuple[Path, Path], tmp_path: Path) -> None:
     """Platform fact 19: "After a crash, stay mounted (ENOTCONN) rather than uncover it"; and a new mount says what to do."""
     source, mountpoint = paths
