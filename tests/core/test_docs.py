@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from iohang_fuse import config
+from iohang_fuse import cli, config, ctl
 from tests.core.test_layers import EDGE, MODULES, PURE
 
 ROOT = Path(__file__).parents[2]
@@ -138,3 +139,62 @@ def test_each_module_has_its_room() -> None:
     rooms = dict(re.findall(r"^``(\w+)\.py`` +(\w+) ", page("architecture"), re.MULTILINE))
     kinds = {module: "pure" if module in PURE else "edge" if module in EDGE else "shell" for module in MODULES}
     assert rooms == kinds
+
+
+# ---- commands in the text
+
+PAGES = {*DOCS.rglob("*.rst"), ROOT / "README.rst"} - {DOCS / "changes.rst"}  # which says what is not there yet
+TEXTS = [path.read_text() for path in PAGES]
+
+
+def commands(program: str) -> list[str]:
+    """What the documents tell to type, in literal blocks and in sentences, up to a pipe or a comment."""
+    found = set()
+    for text in TEXTS:
+        found |= {*re.findall(rf"``({program} [^`]+)``", text)}
+        found |= {*re.findall(rf"^    (?:# )?({program} [^|;#\n]+)", text, re.MULTILINE)}
+    return sorted({command.strip() for command in found})
+
+
+@pytest.mark.parametrize("command", commands("iohangctl"))
+def test_iohangctl_takes_what_the_documents_say(command: str) -> None:
+    """No document has a command that iohangctl refuses."""
+    words = shlex.split(command.replace("...", ""))[1:]
+    if "--help" not in words:
+        assert ctl._parser().parse_args(words).verb
+
+
+@pytest.mark.parametrize(
+    "command", [each for each in commands("iohang-mount") if " /" in each and "--version" not in each]
+)
+def test_iohang_mount_takes_what_the_documents_say(command: str) -> None:
+    """No document has a mount that iohang-mount refuses."""
+    given = cli._parser(helper=False).parse_args(shlex.split(command)[1:])
+    assert config.load(given.source, given.mountpoint, given.options)
+
+
+def lines_of_fstab() -> list[str]:
+    return sorted(
+        {
+            line.strip()
+            for text in TEXTS
+            for line in re.findall(r"^    (/\S+ +/\S+ +(?:fuse\.)?iohang\S* .*)$", text, re.MULTILINE)
+        }
+    )
+
+
+@pytest.mark.parametrize("line", lines_of_fstab())
+def test_lines_of_fstab_are_taken(line: str) -> None:
+    """No document has a line for fstab(5) that is refused, or that comes up before its source or the network."""
+    source, mountpoint, kind, options, *_ = line.split()
+    assert kind in {"iohang", "fuse.iohang-mount"}
+    words = [word for word in config.split_options(options) if not word.startswith("config=")]
+    assert config.load(source, mountpoint, [",".join(words)])
+    assert {"_netdev", f"x-systemd.requires-mounts-for={source}"} <= {*words}
+
+
+def test_there_are_commands_to_look_at() -> None:
+    """The patterns above find something."""
+    assert len(commands("iohangctl")) > 15
+    assert len(commands("iohang-mount")) > 4
+    assert len(lines_of_fstab()) >= 3
