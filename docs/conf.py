@@ -4,7 +4,8 @@
     sphinx-build -W -n --keep-going -b man docs build/man
 
 A link in a page is written as GitHub reads it: `semantics.rst <semantics.rst>`_. `_resolve` makes it one that works in what is
-built, and warns where there is no such page, file or heading.
+built, and warns where there is no such page, file or heading. A link to a file that is no page (`../contrib/iohang.yaml`) becomes a
+download of it: `_bring`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import os
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.util import logging
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
@@ -47,15 +51,28 @@ man_pages = [
 # ---- links
 
 
-def _resolve(app: Sphinx, page: nodes.document, name: str) -> None:
-    for link in page.findall(nodes.reference):
+def _links(page: nodes.document, name: str) -> Iterator[tuple[nodes.reference, SplitResult, str]]:
+    """Each link of the page *name* that leads to a file of this tree: its node, what is written, and the file, from docs/ on."""
+    for link in [*page.findall(nodes.reference)]:
         url = urlsplit(link.get("refuri", ""))
-        if url.scheme or url.netloc or not url.path or link.get("internal"):
-            continue
-        target = os.path.normpath(os.path.join(os.path.dirname(name), url.path))
+        if url.path and not (url.scheme or url.netloc or link.get("internal")):
+            yield link, url, os.path.normpath(os.path.join(os.path.dirname(name), url.path))
+
+
+def _bring(app: Sphinx, page: nodes.document) -> None:
+    for link, url, target in _links(page, app.env.docname):
+        is_page = target.removesuffix(".rst") in app.env.found_docs
+        if not is_page and (DOCS / target).is_file():
+            link.replace_self(
+                addnodes.download_reference("", "", *link.children, reftarget=url.path, refdoc=app.env.docname)
+            )
+
+
+def _resolve(app: Sphinx, page: nodes.document, name: str) -> None:
+    for link, url, target in _links(page, name):
         other = target.removesuffix(".rst")
         if other == target or other not in app.env.found_docs:
-            log.warning("no page %s", target, location=link)
+            log.warning("no page and no file %s", target, location=link)
         elif url.fragment and url.fragment not in app.env.get_doctree(other).ids:
             log.warning("%s has no heading #%s", target, url.fragment, location=link)
         else:
@@ -65,4 +82,5 @@ def _resolve(app: Sphinx, page: nodes.document, name: str) -> None:
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.connect("doctree-read", _bring, priority=400)  # before Sphinx looks for downloads
     app.connect("doctree-resolved", _resolve)

@@ -53,8 +53,10 @@ def test_a_link_to_nothing_is_a_warning(tmp_path: Path, link: str) -> None:
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1"\n')
     (docs / "conf.py").write_text((ROOT / "docs/conf.py").read_text() + "\nman_pages = []\n")
     (docs / "semantics.rst").write_text(":orphan:\n\nSemantics\n=========\n")
-    (docs / "index.rst").write_text("Index\n=====\n\n`good <semantics.rst#semantics>`_\n")
-    sphinx("html", docs, tmp_path)
+    (tmp_path / "example").write_text("an example")
+    (docs / "index.rst").write_text("Index\n=====\n\n`good <semantics.rst#semantics>`_ `file <../example>`_\n")
+    html = sphinx("html", docs, tmp_path)
+    assert [file.read_text() for file in html.glob("_downloads/*/example")] == ["an example"]
     (docs / "index.rst").write_text(f"Index\n=====\n\n`bad <{link}>`_\n")
     with pytest.raises(AssertionError, match="WARNING"):
         sphinx("html", docs, tmp_path)
