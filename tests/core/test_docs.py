@@ -138,7 +138,14 @@ def test_each_module_has_its_room() -> None:
     """docs/architecture.rst names each module of iohang_fuse/, and says of which kind it is, as test_layers.py has it."""
     rooms = dict(re.findall(r"^``(\w+)\.py`` +(\w+) ", page("architecture"), re.MULTILINE))
     kinds = {module: "pure" if module in PURE else "edge" if module in EDGE else "shell" for module in MODULES}
+    missing = [f"``{module}.py``  {kinds[module]}  {about(module)}" for module in MODULES if module not in rooms]
+    assert not missing, "rooms that docs/architecture.rst has not:\n" + "\n".join(missing)
     assert rooms == kinds
+
+
+def about(module: str) -> str:
+    """The first line of its docstring."""
+    return (ast.get_docstring(ast.parse((ROOT / f"iohang_fuse/{module}.py").read_text())) or "").partition("\n")[0]
 
 
 # ---- commands in the text
@@ -180,7 +187,7 @@ def lines_of_fstab() -> list[str]:
         {
             line.strip()
             for text in TEXTS
-            for line in re.findall(r"^    (/\S+ +/\S+ +(?:fuse\.)?iohang\S* .*)$", text, re.MULTILINE)
+            for line in re.findall(r"^    (/\S+ +/\S+ +(?:fuse\.)?iohang\S* +\S+ +\d +\d)$", text, re.MULTILINE)
         }
     )
 
