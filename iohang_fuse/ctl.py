@@ -526,7 +526,7 @@ def _event(event: Mapping[str, Any]) -> str:
             error = data["errno"] or "no answer from the storage"
             return f"{data['image']}: timed out: a {data['op']} was given up ({error}); {data['held']} more are held"
         case "BLOCK_IO_HANG_TIMEOUT", False:
-            return f"{data['image']}: works again"
+            return f"{data['image']}: works again, or was closed"
         case "SHUTDOWN", _:
             return f"the mount ends: {data['reason']}"
     return f"{event['event']} {json.dumps(data)}"

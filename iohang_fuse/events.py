@@ -46,7 +46,7 @@ class HangEnded:
 
 @dataclass(frozen=True, slots=True)
 class TimedOut:
-    """The image's first give-up (*on*), or the first attempt that succeeded after it (not *on*)."""
+    """The image's first give-up (*on*), or the first attempt that succeeded after it (not *on*), or its last close (*closed*)."""
 
     image: str
     on: bool
@@ -54,6 +54,7 @@ class TimedOut:
     errno: int | None
     at_s: float
     held: int
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

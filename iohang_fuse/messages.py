@@ -87,6 +87,11 @@ def sentence(  # noqa: PLR0911 - one for each kind of event
                 f"{event.image}: timed out: a {event.op} was given up after {error_words(event.errno)}, and its consumer "
                 f"has the error; {event.held} more are held. New failures are answered at once until an attempt succeeds."
             )
+        case TimedOut(closed=True):
+            return (
+                logging.WARNING,
+                f"{event.image}: closed by its last consumer; whether the storage works again is not known.",
+            )
         case TimedOut():
             return logging.WARNING, f"{event.image}: works again; failures are held as before."
         case GivenUp() if event.held_s:

@@ -488,7 +488,7 @@ class RehandleList:
         """The image's last handle is closed: nobody is left to notice whether it works again."""
         step = Step()
         if self.timed_out:
-            self._leave_timed_out(now, step)
+            self._leave_timed_out(now, step, closed=True)
         return step
 
     # ---- transitions
@@ -640,12 +640,12 @@ class RehandleList:
                 request = queue.popleft()
                 request.freed = self._ready_again(request, oldest_first=not request.stubborn)
 
-    def _leave_timed_out(self, now: float, step: Step) -> None:
+    def _leave_timed_out(self, now: float, step: Step, *, closed: bool = False) -> None:
         self.timed_out = False
         if not self.held:
             self._tick_s = math.inf
             self.gate_open = True
-        step.events.append(TimedOut(self.image, False, Op.READ, self.errno, now, len(self.held)))  # noqa: FBT003
+        step.events.append(TimedOut(self.image, False, Op.READ, self.errno, now, len(self.held), closed))  # noqa: FBT003
 
     def _overdue(self, now: float) -> list[Request]:
         """Requests whose deadline has passed and that may be answered now.

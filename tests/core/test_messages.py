@@ -98,6 +98,11 @@ LINES = [
         ),
     ),
     (
+        TimedOut("a.img", on=False, op=Op.READ, errno=errno.EIO, at_s=170, held=0, closed=True),
+        logging.WARNING,
+        "a.img: closed by its last consumer; whether the storage works again is not known.",
+    ),
+    (
         HeldLimitReached("a.img", errno.EIO, 100, 1 << 30),
         logging.ERROR,
         "a.img: EIO (Input/output error) was passed on, because 1073741824 bytes are held and held_limit allows no more.",

@@ -635,6 +635,7 @@ def test_the_last_close_ends_the_timed_out_state() -> None:
     world.run(61)
     world.do(world.held.closed(world.now))
     assert world.edges == "(!)."
+    assert world.of(TimedOut)[-1].closed, "nothing has shown that the storage works again"
     assert world.held.next_tick_s == math.inf
     world.do(world.held.closed(world.now))
     assert world.edges == "(!)."
