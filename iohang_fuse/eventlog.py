@@ -20,7 +20,7 @@ BURST, PER_S = 10, 0.1
 """Lines of one kind and image: ten at once, and then one in ten seconds, some 9,000 a day, however fast it flaps. What is left
 out is counted in the next one, and the last one is never left out."""
 
-_TOGETHER = {"hang-end": "hang-begin", "works-again": "timed-out"}
+_TOGETHER = {"hang-end": "hang-begin", "works-again": "timed-out", "closed": "timed-out"}
 """A begin and its end are of one kind here: the last line says how it is now."""
 
 

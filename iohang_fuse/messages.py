@@ -60,7 +60,7 @@ def size_words(size: int) -> str:
     return f"{size} B"
 
 
-def sentence(  # noqa: PLR0911 - one for each kind of event
+def sentence(  # noqa: C901, PLR0911 - one for each kind of event
     event: Event, clock: Callable[[float], str]
 ) -> tuple[int, str]:
     """The level and the text of one log line."""
@@ -88,9 +88,8 @@ def sentence(  # noqa: PLR0911 - one for each kind of event
                 f"has the error; {event.held} more are held. New failures are answered at once until an attempt succeeds."
             )
         case TimedOut(closed=True):
-            return (
-                logging.WARNING,
-                f"{event.image}: closed by its last consumer; whether the storage works again is not known.",
+            return logging.WARNING, (
+                f"{event.image}: closed by its last consumer; whether the storage works again is not known."
             )
         case TimedOut():
             return logging.WARNING, f"{event.image}: works again; failures are held as before."
@@ -125,6 +124,7 @@ KINDS = {
     "hang-end": "952daba70cab40019f72b805f7467c6f",
     "timed-out": "9544398fa30843e2913de5c2b76c330d",
     "works-again": "dc7a638f837d425499cb9a21db8786ce",
+    "closed": "d9ced8b0290046229995c160e1bbf3b1",
     "given-up": "f2daf3e10d4f400b96fb0397edfb5ac8",
     "held-limit": "dbfe3743a3584c1f91428b91f5ea2070",
     "reopen-refused": "9bcdec992e5345678c35c26229cb2efd",
@@ -132,15 +132,17 @@ KINDS = {
 """Each kind of event, with the journal's MESSAGE_ID for it. They are documented, and never change."""
 
 
-def kind_of(event: Event) -> str:
+def kind_of(event: Event) -> str:  # noqa: PLR0911 - one for each kind of event
     """The kind of *event*, a key of `KINDS`."""
     match event:
         case HangBegan():
             return "hang-begin"
         case HangEnded():
             return "hang-end"
+        case TimedOut(on=True):
+            return "timed-out"
         case TimedOut():
-            return "timed-out" if event.on else "works-again"
+            return "closed" if event.closed else "works-again"
         case GivenUp():
             return "given-up"
         case HeldLimitReached():

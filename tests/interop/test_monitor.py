@@ -439,7 +439,7 @@ def test_iohangctl_says_it_in_words(site: Site) -> None:
     assert "timeouts read 2 h 0 min" in site.ctl("set", "a.img", "timeout=2h").stdout
     wrong = site.ctl("set", "timout=5")
     assert (wrong.returncode, wrong.stderr) == (
-        ctl.REFUSED,
+        ctl.USAGE,
         "iohangctl: 'timout' cannot be set; the nearest is 'timeout'\n",
     )
     site.flaky.heal()

@@ -182,7 +182,13 @@ def test_a_file_takes_any_name(tmp_path: Path) -> None:
     """Neither bytes that are no text nor a locale without them cost a line."""
     with logs.to_stderr_or(tmp_path / "log", level=logging.INFO):
         log.info("%s", "ä\udcff\nx")
-    assert (tmp_path / "log").read_text(encoding="utf-8").endswith("INFO    ä\\udcff\\nx\n")
+        try:
+            raise ValueError("ä\udcff")
+        except ValueError:
+            log.exception("a bug")
+    text = (tmp_path / "log").read_text(encoding="utf-8")
+    assert "INFO    ä\\udcff\\nx\n" in text
+    assert text.endswith("ValueError: ä\\udcff\n")
 
 
 def test_debug_is_ours_alone(tmp_path: Path) -> None:
