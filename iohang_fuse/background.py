@@ -6,6 +6,7 @@ why not (its code and one line), or has died without a word.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -81,6 +82,7 @@ def run(serve: Callable[[Started], int], complain: Callable[[str], None]) -> int
         complain(f"the server ended before it served ({_ending(status)}); its log says more")
         return 32
     os.close(receive)
+    _let_go_of_inherited()
     os.chdir("/")
     code = 32
     try:
@@ -94,6 +96,18 @@ def run(serve: Callable[[Started], int], complain: Callable[[str], None]) -> int
 def _ending(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _let_go_of_inherited() -> None:
+    """What a caller had open would stay open for as long as the mount lasts: his lock file, his end of a pipe, a file on a mount.
+
+    Python marks what it opens itself as to be closed on exec; what has come through exec is not marked.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        with contextlib.suppress(OSError):  # that of the listing is gone
+            if fd > 2 and os.get_inheritable(fd):
+                os.close(fd)
 
 
 def _let_go_of_terminal() -> None:

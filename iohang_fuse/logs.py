@@ -22,6 +22,7 @@ from iohang_fuse.messages import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import TextIOWrapper
 
 IDENTIFIER = "iohang-mount"
 
@@ -92,9 +93,25 @@ class _Lines(logging.Formatter):
         return super().formatMessage(record)
 
 
+def touch(file: Path) -> None:
+    """Raises OSError if *file* cannot be written."""
+    os.close(_open(file))
+
+
+def _open(file: str | Path) -> int:
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+
+
+class _File(logging.handlers.WatchedFileHandler):
+    """Makes files of mode 0640: the server's own umask is 0, for files on the mount, and names of images are not for everybody."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(_open(self.baseFilename), "a", encoding=self.encoding, errors=self.errors)
+
+
 def _file(file: Path) -> logging.Handler:
     # Reopened when logrotate has moved it.
-    return _formatted(logging.handlers.WatchedFileHandler(file, encoding="utf-8", errors="backslashreplace"), _LINES)
+    return _formatted(_File(file, encoding="utf-8", errors="backslashreplace"), _LINES)
 
 
 def _formatted(handler: logging.Handler, form: str) -> logging.Handler:

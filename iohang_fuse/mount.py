@@ -182,8 +182,7 @@ def check_log(config: Config) -> None:
     """Raises `Refusal` if the log file cannot be written, while there is somebody to tell."""
     if config.log is not None:
         try:
-            with config.log.open("ab"):
-                pass
+            logs.touch(config.log)
         except OSError as error:
             raise Refusal(
                 EX_USAGE, f"log {config.log} cannot be written: {error_words(error.errno)}; name a file"

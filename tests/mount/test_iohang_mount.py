@@ -81,6 +81,31 @@ def test_background(paths: tuple[Path, Path], tmp_path: Path) -> None:
     assert "is unmounted" in (tmp_path / "log").read_text()
 
 
+def test_background_keeps_nothing_of_its_caller(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    """Who mounts with a lock file open must not hold that lock for as long as the mount lasts."""
+    with (tmp_path / "lock").open("w") as lock:
+        done = subprocess.run(
+            [sys.executable, "-m", "iohang_fuse.cli", *paths, "-o", f"log={tmp_path}/log"],
+            pass_fds=[lock.fileno()],
+            timeout=30,
+            check=False,
+        )
+    assert done.returncode == 0
+    open_there = [os.readlink(fd) for fd in Path(f"/proc/{server_of(paths[1])}/fd").iterdir()]
+    assert str(tmp_path / "lock") not in open_there
+    assert str(tmp_path / "log") in open_there
+
+
+def test_a_log_is_not_for_everybody(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nor is the one that follows after logrotate(8) has moved the first: the server's umask is 0, for what consumers make."""
+    log = tmp_path / "log"
+    assert iohang_mount(*paths, "-o", f"log={log}").returncode == 0
+    log.rename(tmp_path / "log.1")
+    os.kill(server_of(paths[1]), signal.SIGUSR1)
+    wait_until(log.exists, what="a new log")
+    assert [path.stat().st_mode & 0o777 for path in (log, tmp_path / "log.1")] == [0o640, 0o640]
+
+
 @pytest.mark.parametrize(
     "command",
     [
