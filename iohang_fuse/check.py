@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from iohang_fuse import bounded, findings, limits, presence, survey
 from iohang_fuse.doctor import examine
-from iohang_fuse.mount import Refusal, check_log, check_paths
+from iohang_fuse.preflight import Refusal, check_log, check_paths
 
 if TYPE_CHECKING:
     from iohang_fuse.config import Config
