@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from iohang_fuse import __version__, config, mountwords
-from iohang_fuse.findings import UNKNOWN
+from iohang_fuse.doctor.findings import UNKNOWN
 from iohang_fuse.messages import printable
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNKNOWN if checks else error.exit_code
     # Not before: neither --help nor a wrong option needs libfuse.
     if checks:
-        from iohang_fuse.check import run as check  # noqa: PLC0415
+        from iohang_fuse.doctor.check import run as check  # noqa: PLC0415
 
         return check(settings, json_=arguments.json)
     from iohang_fuse.mount import run  # noqa: PLC0415

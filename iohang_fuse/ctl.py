@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
-from iohang_fuse import findings, survey
 from iohang_fuse.config import LONGEST_SOCKET, RUN, nearest, parse_span, socket_of
-from iohang_fuse.doctor import examine
+from iohang_fuse.doctor import findings, survey
+from iohang_fuse.doctor.examination import examine
 from iohang_fuse.messages import printable, span_words
 from iohang_fuse.qmp import PACKAGE
 

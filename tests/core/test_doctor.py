@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from iohang_fuse import findings
-from iohang_fuse.doctor import examine, longest_wait_s
-from iohang_fuse.facts import Facts, Host, Limit, Served, Settings
-from iohang_fuse.findings import Finding, Level
+from iohang_fuse.doctor import findings
+from iohang_fuse.doctor.examination import examine, longest_wait_s
+from iohang_fuse.doctor.facts import Facts, Host, Limit, Served, Settings
+from iohang_fuse.doctor.findings import Finding, Level
+from iohang_fuse.doctor.qemu import Disk, Qemu
 from iohang_fuse.mounttable import Mounted, Planned, Sight
-from iohang_fuse.qemu import Disk, Qemu
 
 OK, ADVICE, WARNING, PROBLEM = Level
 ROOT = Mounted("/", 1, "ext4", "/dev/vda", ("rw", "relatime"))

@@ -13,12 +13,17 @@ import pytest
 import iohang_fuse
 
 PACKAGE = Path(iohang_fuse.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 
 PURE = {"events", "inodes", "messages", "mountwords", "ordering", "pagecache", "qmp", "rehandle", "status", "tally",
         "throttle", "writelog"}  # fmt: skip
-PURE |= {"doctor", "doctor_source", "facts", "findings", "mounttable", "nfs", "qemu", "toptable"}
-EDGE = {"check", "cli", "ctl", "exposition", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver", "top",
+PURE |= {"mounttable", "toptable", "doctor.examination", "doctor.facts", "doctor.findings", "doctor.nfs", "doctor.of_source",
+         "doctor.qemu"}  # fmt: skip
+EDGE = {"cli", "ctl", "doctor.check", "exposition", "filesystem", "flaky", "keeper", "monitor", "mount", "receiver", "top",
         "umount"}  # fmt: skip
 SHELL = {*MODULES} - PURE - EDGE
 
@@ -35,7 +40,7 @@ FUSE = {
 
 
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text())
 
 
 def imports(module: str) -> set[str]:
@@ -45,8 +50,8 @@ def imports(module: str) -> set[str]:
         match node:
             case ast.Import(names=names):
                 found |= {alias.name for alias in names}
-            case ast.ImportFrom(module="iohang_fuse", names=names):
-                found |= {f"iohang_fuse.{alias.name}" for alias in names}
+            case ast.ImportFrom(module="iohang_fuse" | "iohang_fuse.doctor" as name, names=names):
+                found |= {f"{name}.{alias.name}" for alias in names}
             case ast.ImportFrom(module=str(name), level=0):
                 found.add(name)
             case ast.ImportFrom():

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from iohang_fuse import nfs, qemu
+from iohang_fuse.doctor import nfs, qemu
+from iohang_fuse.doctor.qemu import Disk, Qemu
 from iohang_fuse.mounttable import (
     Mounted,
     Planned,
@@ -19,7 +20,6 @@ from iohang_fuse.mounttable import (
     parse_mountinfo,
     plan_for,
 )
-from iohang_fuse.qemu import Disk, Qemu
 
 MOUNTINFO = r"""22 1 253:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard
 31 22 0:44 / /srv/nfs rw,relatime shared:9 - autofs systemd-1 rw,fd=50

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from qemu.qmp import QMPClient
 
-from iohang_fuse import survey
 from iohang_fuse.config import load, socket_of
+from iohang_fuse.doctor import survey
 from iohang_fuse.presence import mount_table
 from tests.harness import FlakySource, Mount, mounted_at, wait_until
 

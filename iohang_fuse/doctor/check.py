@@ -6,8 +6,9 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from iohang_fuse import bounded, findings, limits, presence, survey
-from iohang_fuse.doctor import examine
+from iohang_fuse import bounded, limits, presence
+from iohang_fuse.doctor import findings, survey
+from iohang_fuse.doctor.examination import examine
 from iohang_fuse.preflight import Refusal, check_log, check_paths
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def run(config: Config, *, json_: bool) -> int:
 
 
 def _refusal(config: Config) -> str | None:
-    """Why the mount would be refused, beside what doctor.py finds."""
+    """Why the mount would be refused, beside what examination.py finds."""
     try:
         said = bounded.look(lambda: _refused(config), presence.LOOK_S)
     except bounded.NoAnswer:

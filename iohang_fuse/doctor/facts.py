@@ -1,4 +1,4 @@
-"""What doctor.py judges: one frozen value, which survey.py reads.
+"""What examination.py judges: one frozen value, which survey.py reads.
 
 Pure. Times in seconds (math.inf is allowed), sizes in bytes; None is what could not be read.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from iohang_fuse.doctor.qemu import Qemu
     from iohang_fuse.mounttable import Mounted, Planned, Sight
-    from iohang_fuse.qemu import Qemu
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""doctor.py's judgement of SOURCE: whether it is there, what it lies on, and when that gives its first error.
+"""examination.py's judgement of SOURCE: whether it is there, what it lies on, and when that gives its first error.
 
 Pure.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from iohang_fuse import nfs
-from iohang_fuse.findings import Finding, Level
+from iohang_fuse.doctor import nfs
+from iohang_fuse.doctor.findings import Finding, Level
 from iohang_fuse.messages import span_words
 from iohang_fuse.mounttable import OUR_TYPES, Mounted, holding, is_mounted, plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iohang_fuse.facts import Facts
+    from iohang_fuse.doctor.facts import Facts
 
 _TAKES_DIRECT = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "fuse", "fuseblk"})
 """File systems that take O_DIRECT without alignment, as in source.py."""

@@ -1,4 +1,4 @@
-"""Reads the facts that doctor.py judges.
+"""Reads the facts that examination.py judges.
 
 Nothing here waits for the storage for long: SOURCE is looked at by presence.py, with a limit, and everything else is in /proc,
 /sys, /etc and the monitor's answers.
@@ -12,9 +12,10 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iohang_fuse import bounded, limits, presence, qemu
+from iohang_fuse import bounded, limits, presence
 from iohang_fuse.config import Config, ConfigError, load
-from iohang_fuse.facts import Facts, Host, Limit, Served, Settings
+from iohang_fuse.doctor import qemu
+from iohang_fuse.doctor.facts import Facts, Host, Limit, Served, Settings
 from iohang_fuse.messages import errno_name
 from iohang_fuse.mounttable import OUR_TYPE, OUR_TYPES, holding, parse_mount_id, parse_mountinfo
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from iohang_fuse.doctor_source import attempt_s, first_attempt_s, source_findings
-from iohang_fuse.findings import Finding, Level
+from iohang_fuse.doctor.findings import Finding, Level
+from iohang_fuse.doctor.of_source import attempt_s, first_attempt_s, source_findings
 from iohang_fuse.messages import size_words, span_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iohang_fuse.facts import Facts
-    from iohang_fuse.qemu import Disk, Qemu
+    from iohang_fuse.doctor.facts import Facts
+    from iohang_fuse.doctor.qemu import Disk, Qemu
 
 GUEST_DISK_TIMEOUT_S = 30
 """Linux guests: /sys/block/sdX/device/timeout for SCSI and SATA, nvme_core.io_timeout for NVMe. virtio-blk has none."""
