@@ -172,7 +172,7 @@ def test_each_kind_has_an_id_of_its_own_that_never_changes() -> None:
     assert {kind_of(event) for event in ONE_OF_EACH} == {*KINDS}
     page = (Path(__file__).parents[2] / "docs" / "iohang-mount.rst").read_text()
     for kind, identity in KINDS.items():
-        assert re.search(rf"^``{kind}``\s+``{identity}``", page, re.MULTILINE), kind
+        assert re.search(rf"^``{kind}`` \(``{identity}``\)$", page, re.MULTILINE), kind
         assert uuid.UUID(hex=identity).version == 4
     assert len({*KINDS.values()}) == len(KINDS)
 

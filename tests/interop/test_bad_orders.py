@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
-from iohang_fuse import ctl
+from iohang_fuse import client, ctl
 from tests.harness import Mount
 from tests.interop.one_line import check_line, make_place, nothing_is_done, run_here
 
@@ -121,7 +121,7 @@ def test_iohangctl(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """docs/iohangctl.rst, EXIT STATUS. Of `check`, stdout has the line that a monitoring system shows."""
-    monkeypatch.setattr(ctl, "ANSWER_S", 0.3)
+    monkeypatch.setattr(client, "ANSWER_S", 0.3)
     name = next((name for name in LISTENERS if f"/{name} " in arguments), None)
     words = ["" if word == "''" else word.format(p=place) for word in arguments.split()]
     if name is None:
