@@ -1,10 +1,12 @@
-"""How metrics get out: over HTTP to Prometheus, or in a file to node_exporter. A thread of its own for either.
+"""How metrics get out: over HTTP to Prometheus, or in a file to node_exporter. In threads, beside the event loop.
 
 1. It answers while the storage is dead, and while the event loop of the mount is busy or stuck, which is then what it says.
-2. It costs the mount next to nothing: a page is made at most every `FRESH_S`, `MOST_CLIENTS` are served at once, each has
-   `CLIENT_S`, and what it sends is bounded.
+2. It costs the mount next to nothing: a page is made at most every `FRESH_S`, `MOST_CLIENTS` are served at once, and whoever says
+   nothing for `CLIENT_S` is sent away.
 3. What cannot be had (a port in use, a directory that is not there) is found by `bind`, before anything is mounted.
 4. A bug here costs a page, not the mount.
+
+HTTP is the standard library's. That of prometheus_client has a thread for each client that comes, and no limit.
 """
 
 from __future__ import annotations
@@ -12,16 +14,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import http.server
 import logging
 import os
 import signal
 import socket
+import socketserver
 import stat
+import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
-
-import trio
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +36,7 @@ MOST_CLIENTS = 32
 """At once; who comes then waits."""
 
 CLIENT_S = 10.0
-"""From its connection to the last byte. It is Prometheus' own default for how long a scrape may take."""
+"""Without a byte of a client's. It is Prometheus' own default for how long a scrape may take."""
 
 FRESH_S = 0.25
 """Younger pages are not made again: clients that come in droves must not take the processor from guests."""
@@ -42,16 +45,17 @@ WRITE_EVERY_S = 5.0
 """The file. node_exporter is asked every 15 s or so."""
 
 STOP_S = 2.0
-"""For the thread to end. It does at once, unless the file system of the file hangs."""
+"""For a thread to end. It does at once, unless the file system of the file hangs."""
 
-_REQUEST_BYTES = 8 << 10
-_PAUSE_S = 0.005  # between two clients
+_ROUND_S = 0.2  # how often a thread that waits looks whether it is to end
 
 
 class _Outlet(Protocol):
     def bind(self) -> None: ...
 
-    async def serve(self) -> None: ...
+    def serve(self) -> None: ...
+
+    def stop(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -61,9 +65,7 @@ class Exposition:
 
     def __init__(self, render: Callable[[], bytes], where: tuple[str, int] | Path) -> None:
         self._outlet: _Outlet = Http(render, *where) if isinstance(where, tuple) else Textfile(render, where)
-        self._thread: threading.Thread | None = None
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._scope: trio.CancelScope | None = None
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def bind(self) -> None:
         """Raises OSError where the outlet cannot be had."""
@@ -71,37 +73,29 @@ class Exposition:
 
     def start(self) -> None:
         """Serve, in a thread."""
-        begun = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(begun,), name="metrics", daemon=True)
-        self._thread.start()
-        begun.wait()
+        # Signals are for the main thread, which one of them has to wake from its read of /dev/fuse (limits.alarm_clock). A thread
+        # begins with the mask of the one that starts it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
         """Leave nothing behind."""
-        if self._thread is None:
+        if not self._thread.is_alive():
             self._outlet.close()
             return
-        if self._token is not None and self._scope is not None:
-            with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._scope.cancel)
+        self._outlet.stop()
         self._thread.join(STOP_S)
 
-    def _run(self, begun: threading.Event) -> None:
-        # They are for the main thread, which one of them has to wake from its read of /dev/fuse (limits.alarm_clock).
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    def _run(self) -> None:
         try:
-            trio.run(self._serve, begun)
+            self._outlet.serve()
         except Exception:
             log.exception("metrics: a bug; the mount goes on without them")
         finally:
-            begun.set()
             self._outlet.close()
-
-    async def _serve(self, begun: threading.Event) -> None:
-        with trio.CancelScope() as self._scope:
-            self._token = trio.lowlevel.current_trio_token()
-            begun.set()
-            await self._outlet.serve()
 
 
 # ---- HTTP
@@ -114,9 +108,12 @@ class Http:
         self._render = render
         self._host = host
         self._port = port
-        self._sockets: list[socket.socket] = []
+        self._servers: list[_Server] = []
+        self._lock = threading.Lock()
         self._page = b""
         self._page_s = float("-inf")
+        self.room = threading.BoundedSemaphore(MOST_CLIENTS)
+        self.ended = threading.Event()
 
     def bind(self) -> None:
         """At all addresses that the host's name has here. Raises OSError."""
@@ -125,106 +122,116 @@ class Http:
         except socket.gaierror as error:
             raise OSError(errno.EADDRNOTAVAIL, f"no such host: {error.strerror}") from None
         try:
-            for family, kind, protocol, _, address in dict.fromkeys(found):
-                sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
-                self._sockets.append(sock)
-                # Soon after a restart, too. Two that listen are refused all the same.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind(address)
-                sock.listen(MOST_CLIENTS)
+            for family, _, _, _, address in dict.fromkeys(found):
+                self._servers.append(_Server(self, family, address))
         except OSError:
             self.close()
             raise
 
+    def serve(self) -> None:
+        """Until `stop`."""
+        *others, last = self._servers
+        for server in others:
+            threading.Thread(target=server.serve_forever, args=(_ROUND_S,), name="metrics", daemon=True).start()
+        last.serve_forever(_ROUND_S)
+
+    def stop(self) -> None:
+        """`serve` is to end."""
+        self.ended.set()
+        for server in self._servers:
+            server.shutdown()
+
     def close(self) -> None:
         """Nobody comes in any more."""
-        for sock in self._sockets:
-            sock.close()
-        self._sockets.clear()
+        for server in self._servers:
+            server.server_close()
+        self._servers.clear()
 
-    async def serve(self) -> None:
-        """Never returns."""
-        room = trio.CapacityLimiter(MOST_CLIENTS)
-        async with trio.open_nursery() as nursery:
-            for sock in self._sockets:
-                sock.setblocking(False)  # noqa: FBT003
-                listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-                nursery.start_soon(self._accept, listener, room, nursery)
+    def page(self) -> bytes:
+        """One that is fresh."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._page_s > FRESH_S:
+                self._page = self._render()
+                self._page_s = now
+            return self._page
 
-    async def _accept(self, listener: trio.SocketListener, room: trio.CapacityLimiter, nursery: trio.Nursery) -> None:
-        while True:
-            client = object()
-            await room.acquire_on_behalf_of(client)
-            try:
-                stream = await listener.accept()
-            except OSError as error:  # no descriptor left, which passes
-                log.warning("metrics: a client cannot be let in: %s", error)
-                room.release_on_behalf_of(client)
-                await trio.sleep(1)
-                continue
-            nursery.start_soon(self._serve_client, stream, lambda who=client: room.release_on_behalf_of(who))
-            await trio.sleep(_PAUSE_S)
 
-    async def _serve_client(self, stream: trio.SocketStream, leave: Callable[[], None]) -> None:
+class _Server(http.server.ThreadingHTTPServer):
+    """At one address."""
+
+    request_queue_size = MOST_CLIENTS
+
+    def __init__(self, outlet: Http, family: socket.AddressFamily, address: Any) -> None:
+        self.outlet = outlet
+        self.address_family = family
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Past HTTPServer's, which asks DNS for the name of the address: that may take longer than a mount may.
+        socketserver.TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Once there is room. Never raises: it would be said on stderr."""
+        while not self.outlet.room.acquire(timeout=_ROUND_S):
+            if self.outlet.ended.is_set():
+                self.shutdown_request(request)
+                return
         try:
-            with trio.move_on_after(CLIENT_S):
-                async with stream:
-                    with contextlib.suppress(trio.BrokenResourceError):
-                        await stream.send_all(self._answer(await _request_line(stream)))
-                        await _farewell(stream)
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # no thread is to be had, which passes
+            log.warning("metrics: a client cannot be let in: %s", error)
+            self.outlet.room.release()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
         finally:
-            leave()
+            self.outlet.room.release()
 
-    def _answer(self, line: bytes) -> bytes:
-        method, _, rest = line.partition(b" ")
-        path = rest.partition(b" ")[0].partition(b"?")[0]
-        if method not in {b"GET", b"HEAD"}:
-            return _response("405 Method Not Allowed", b"say GET /metrics\n", extra="Allow: GET, HEAD\r\n")
-        if path != b"/metrics":
-            return _response("404 Not Found", b"say GET /metrics\n", bodiless=method == b"HEAD")
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the library's own way
+        """A client that has gone, most of the time."""
+        log.debug("metrics: a client at %s: %s", client_address, sys.exception())
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """One client, one request."""
+
+    server: _Server
+    timeout = CLIENT_S
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] != "/metrics":
+            self._say(404, b"say GET /metrics\n")
+            return
         try:
-            page = self._fresh()
+            page = self.server.outlet.page()
         except Exception:
             log.exception("metrics: a bug in making the page; the mount goes on")
-            return _response("500 Internal Server Error", b"a bug; the log of the mount has its traceback\n")
-        return _response("200 OK", page, "text/plain; version=0.0.4; charset=utf-8", bodiless=method == b"HEAD")
+            self._say(500, b"a bug; the log of the mount has its traceback\n")
+        else:
+            self._say(200, page, "text/plain; version=0.0.4; charset=utf-8")
 
-    def _fresh(self) -> bytes:
-        now = time.monotonic()
-        if now - self._page_s > FRESH_S:
-            self._page = self._render()
-            self._page_s = now
-        return self._page
+    do_HEAD = do_GET  # noqa: N815 - the library's name
 
+    def _say(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-async def _request_line(stream: trio.SocketStream) -> bytes:
-    """The first line of a request, after its last one has come."""
-    received = b""
-    while b"\r\n\r\n" not in received and b"\n\n" not in received and len(received) < _REQUEST_BYTES:
-        data = await stream.receive_some(_REQUEST_BYTES)
-        if not data:
-            break
-        received += data
-    return received.partition(b"\n")[0].rstrip(b"\r")
+    def version_string(self) -> str:
+        """Python's version is nobody's business."""
+        return "iohang-fuse"
 
-
-async def _farewell(stream: trio.SocketStream) -> None:
-    """A connection that is closed with something unread is reset, and the answer may be lost: read until the client has gone."""
-    await stream.send_eof()
-    while await stream.receive_some(_REQUEST_BYTES):
-        pass
-
-
-def _response(
-    status: str, body: bytes, kind: str = "text/plain; charset=utf-8", *, extra: str = "", bodiless: bool = False
-) -> bytes:
-    head = (
-        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{extra}"
-        "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + (b"" if bodiless else body)
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
+        """Nobody wants to read of each scrape."""
 
 
 # ---- a file
@@ -242,6 +249,7 @@ class Textfile:
         self._path = path
         self._new = path.with_name(f".{path.name}.new")  # node_exporter reads *.prom
         self._mine: int | None = None
+        self._ended = threading.Event()
 
     def bind(self) -> None:
         """Put a first one there. Raises OSError: EEXIST if another mount writes it, or what is there is no file of this kind."""
@@ -260,11 +268,10 @@ class Textfile:
                 os.close(there)
         self._write()
 
-    async def serve(self) -> None:
-        """Never returns."""
+    def serve(self) -> None:
+        """Until `stop`."""
         complained = False
-        while True:
-            await trio.sleep(WRITE_EVERY_S)
+        while not self._ended.wait(WRITE_EVERY_S):
             try:
                 self._write()
                 complained = False
@@ -274,6 +281,10 @@ class Textfile:
                         "metrics: %s cannot be written: %s", self._path, error, exc_info=not isinstance(error, OSError)
                     )
                 complained = True
+
+    def stop(self) -> None:
+        """`serve` is to end."""
+        self._ended.set()
 
     def close(self) -> None:
         """Remove it, unless it is somebody else's by now: what is not measured any more must not look as if it were."""
