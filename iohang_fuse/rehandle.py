@@ -108,6 +108,7 @@ class Request:
     held: bool = False
     freed: bool = False  # a success of another has let it try again, and it has not yet
     stubborn: bool = False
+    own: bool = False  # the server's own sync: its error is nobody's answer
     drained: bool = False  # by an operator: its next failure is its answer
     ended: bool = False  # by an operator: no other word of his moves its deadline
     uncertain: bool = False  # a write of which an attempt has failed in a way that may still reach the file
@@ -150,6 +151,9 @@ class RehandleList:
         self.policy = policy
         self.holding = True  # off: every error is passed on
         self.timed_out = False
+        self.unsynced = (
+            False  # timed out, and a sync has failed: what the page cache takes and gives is no sign of life
+        )
         self.gate_open = True
         self.held: dict[int, Request] = {}  # by seq, in the order in which they were first held
         self.errno: int | None = None  # of the image's latest failure
@@ -284,7 +288,7 @@ class RehandleList:
         step = Step()
         # What began before the trouble did says nothing about it, unless it was what had not returned.
         if self.sick and (request.held or request.started_s >= self._sick_since_s):
-            self._recover(request.started_s, now, step, everyone=request.stubborn)
+            self._recover(request.started_s, now, step, everyone=request.stubborn, synced=request.op is Op.FSYNC)
         if request.held:
             self._the_hang.recovered += 1
             self._tally.recovered += 1
@@ -315,7 +319,8 @@ class RehandleList:
         if request.deadline_s is not None and now >= request.deadline_s:
             self._give_up(request, now, step, errno if request.drained else None)
         elif self.timed_out and not request.held:
-            self._tally.passed_on += 1
+            self.unsynced |= request.op is Op.FSYNC
+            self._tally.passed_on += not request.own
             self._answer(request, self.policy.timeout_errno, now)
             self._tell_given_up(request, now, step)
         elif request.held or self._hold(request, now, step):
@@ -386,11 +391,11 @@ class RehandleList:
         return False
 
     def probed(self, started_s: float, now: float, *, success: bool) -> Step:
-        """The probe that a `Step` asked for has returned."""
+        """The probe that a `Step` asked for has returned. While the image is `unsynced`, a sync is part of a *success*."""
         step = Step()
         self._probing = False
         if success:
-            self._recover(started_s, now, step, everyone=False)
+            self._recover(started_s, now, step, everyone=False, synced=True)
             self._pump(now, step)
         return step
 
@@ -628,12 +633,12 @@ class RehandleList:
                 )
             )
 
-    def _recover(self, started_s: float, now: float, step: Step, *, everyone: bool) -> None:
+    def _recover(self, started_s: float, now: float, step: Step, *, everyone: bool, synced: bool) -> None:
         """An attempt that began at *started_s* has succeeded: open the gate, and try again what failed before it."""
         self._success_s = max(self._success_s, started_s)
         self.gate_open = True
         self._drained_s = math.inf
-        if self.timed_out:
+        if self.timed_out and (synced or not self.unsynced):
             self._leave_timed_out(now, step)
         for queue in (self._idle, self._stubborn) if everyone else (self._idle,):
             while queue and queue[0].failed_s <= started_s:
@@ -641,7 +646,7 @@ class RehandleList:
                 request.freed = self._ready_again(request, oldest_first=not request.stubborn)
 
     def _leave_timed_out(self, now: float, step: Step, *, closed: bool = False) -> None:
-        self.timed_out = False
+        self.timed_out = self.unsynced = False
         if not self.held:
             self._tick_s = math.inf
             self.gate_open = True
@@ -664,11 +669,14 @@ class RehandleList:
         """Answer *request* with *errno*, or `timeout_errno`; the image's first give-up makes it timed out."""
         if self._trying.pop(request.seq, None) is not None:
             self._abandoned += 1
-        self._tally.given_up += 1
+        self._tally.given_up += not request.own
         self._answer(request, self.policy.timeout_errno if errno is None else errno, now)
         step.woken.append(request)
         if not self.timed_out:
             self.timed_out = True
+            self.unsynced = any(
+                each.op is Op.FSYNC and each.errno is not None for each in (request, *self.held.values())
+            )
             if self._hang is None:  # sick all the same: what waits here must not wait for ever
                 self._sick_since_s = now
                 for waiting in self._unstarted():
@@ -686,6 +694,8 @@ class RehandleList:
 
     def _tell_given_up(self, request: Request, now: float, step: Step) -> None:
         """One event each: `TimedOut` tells of the image's first alone."""
+        if request.own:
+            return
         held_s = now - request.limited_s if request.held else 0.0
         answer = self.policy.timeout_errno if request.answer is None else request.answer
         step.events.append(

@@ -519,6 +519,7 @@ class Requests:
     ) -> T:
         """Answer one request: the result of *attempt*, or OSError when it was given up or its error is passed on."""
         request, step = handle.image.held.arrive(op, offset, length, self._now(), end=end, ordered=ordered)
+        request.own = not ordered
         return await self._live(handle, request, step, attempt)
 
     async def _live(
@@ -890,7 +891,18 @@ class Requests:
             else:
                 success = True
             handle.returned()
+            if success and image.held.unsynced:
+                success = await self._probe_by_sync(image, handle)
         self._apply(image, image.held.probed(started_s, trio.current_time(), success=success))
+
+    async def _probe_by_sync(self, image: Image, handle: Handle) -> bool:
+        """What a sync could not make stable is written again, and synced: the page cache answers everything else."""
+        try:
+            await self.sync(handle, data_only=True, ordered=False)
+        except OSError as error:
+            log.debug("%s: probe by sync: %s", image.held.image, error)
+            return False
+        return True
 
 
 def _never() -> bool:

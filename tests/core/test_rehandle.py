@@ -616,6 +616,39 @@ def test_any_success_ends_the_timed_out_state() -> None:
     assert world.edges == "(!).("
 
 
+def test_what_the_page_cache_takes_ends_no_time_out_by_a_sync() -> None:
+    """Section 4, "until an attempt succeeds": that of a sync, where a sync was given up. Others may have met the page cache."""
+    world = World(storage=Storage(errno=lambda r, now: EIO if (r.op is Op.FSYNC and now < 200) or r.seq == 0 else 0))
+    world.arrive(Op.FSYNC)
+    world.run(62)
+    for op in (Op.WRITE, Op.READ):
+        world.arrive(op)
+    world.run(5)
+    assert world.edges == "(!)"
+    again = world.arrive(Op.FSYNC)
+    world.run(1)
+    assert world.answers[again.seq][1] == EIO, "at once: it was not held anew"
+    world.run(50)
+    assert world.edges == "(!)"
+    world.arrive(Op.FSYNC)
+    world.run(1)
+    assert world.edges == "(!)."
+
+
+def test_a_sync_that_fails_later_counts_as_well() -> None:
+    """A write was given up first, and a sync fails then: the next write says nothing any more; the probe does, which has synced."""
+    world = World(storage=Storage(errno=lambda r, now: EIO if now < 161 or (now < 180 and r.op is not Op.WRITE) else 0))
+    world.arrive(Op.WRITE)
+    world.run(60.5)
+    world.arrive(Op.FSYNC)
+    world.run(2)
+    world.arrive(Op.WRITE)
+    world.run(5)
+    assert world.edges == "(!)"
+    world.run(20)
+    assert world.edges == "(!)."
+
+
 def test_the_success_of_an_attempt_from_before_the_trouble_says_nothing() -> None:
     """An attempt that began before the hang says nothing about the storage now: the gate stays closed."""
     world = World(

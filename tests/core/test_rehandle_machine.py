@@ -208,8 +208,10 @@ class Machine(RuleBasedStateMachine):
             self.take(self.held.returned(self.now))
         elif outcome == 0:
             says_nothing = not request.held and request.started_s < self.held._sick_since_s
-            gate_open = self.held.gate_open
+            gate_open, unsynced = self.held.gate_open, self.held.timed_out and self.held.unsynced
             self.take(self.held.succeeded(request, self.now), request)
+            if unsynced and request.op is not Op.FSYNC:
+                assert self.held.timed_out, "the page cache may have answered that"
             assert self.held.gate_open == (gate_open or not says_nothing), "the first success opens the gate"
             assert request.state is State.ENDED
             assert request.answer is None

@@ -520,6 +520,27 @@ def test_the_bound_of_synchronous_writes(site: Site) -> None:
     assert took_s < 2 + 1 + 1 + 2  # the first failure, the timeout, one attempt, and a busy machine
 
 
+def test_the_page_cache_ends_no_time_out(site: Site) -> None:
+    """Section 4: "new failures are answered at once, until an attempt succeeds"; not one that the page cache took."""
+    mount = site.mount("timeout=1")
+    fd = site.open()
+    site.write(fd, 3)
+    site.flaky.fail("writeback * errno=EIO")
+    with pytest.raises(OSError, match="Input/output"):
+        os.fsync(fd)
+    for block in range(10):
+        site.write(fd, block)
+        with pytest.raises(OSError, match="Input/output"):
+            os.fsync(fd)
+    assert "works again" not in mount.log_text()
+    assert mount.log_text().count("held since") == 1, "one hang: the other syncs were answered at once"
+    site.flaky.heal()
+    wait_until(lambda: "works again" in mount.log_text(), what="the probe to write the log again")
+    wait_until(site.is_safe, what="all that was acknowledged")
+    os.fsync(fd)
+    assert site.is_safe()
+
+
 # ---- P5: no zombies
 
 

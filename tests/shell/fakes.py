@@ -135,6 +135,10 @@ class FakeBacking(Backing):
         self.storage.attempt("sync")()
         return 0
 
+    def rewrite(self, writes: object, *, data_only: bool) -> int:  # noqa: ARG002 - nothing is in the log
+        """A probe after a sync that has failed."""
+        return self.sync(data_only=data_only)
+
     def ask(self) -> None:
         """The storage is there; what it does with data is another matter."""
 

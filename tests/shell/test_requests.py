@@ -83,7 +83,7 @@ async def test_a_request_is_given_up_at_its_deadline(start: Start, autojump_cloc
     assert await shell.answer(op, "late") == (pytest.approx(sent_s + 60), EIO)
     shell.storage.errno = 0
     await trio.sleep(100)
-    assert shell.storage.reached == [("probe", 1 << 20)]
+    assert shell.storage.reached == [("probe", 1 << 20), *["sync"] * (op is Op.FSYNC)]
 
 
 async def test_a_write_in_flight_is_answered_when_it_returns(start: Start, autojump_clock: MockClock) -> None:

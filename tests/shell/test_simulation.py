@@ -264,6 +264,33 @@ async def test_found_dead_descriptors_of_a_timed_out_image(bench: Make, autojump
     assert await it.requests.read(handle, 0, 3) == b"ooo"
 
 
+async def test_found_a_time_out_that_the_page_cache_ended(bench: Make, autojump_clock: MockClock) -> None:
+    """Section 4: after a give-up "new failures are answered at once, until an attempt succeeds": not one that the page cache took.
+
+    And the probe notices that the storage is back: it writes the log again, and syncs it.
+    """
+    it = bench(policy(3), write_log=1 << 20)
+    handle = it.open()
+    await it.requests.write(handle, 0, b"new")
+    it.failing["writeback"] = Fault(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        await it.requests.sync(handle, data_only=True)
+    for number in range(5):
+        await it.requests.write(handle, PAGE * number, b"newer")
+        assert handle.image.held.timed_out
+        began_s = trio.current_time()
+        with pytest.raises(OSError, match="Input/output"):
+            await it.requests.sync(handle, data_only=True)
+        assert trio.current_time() - began_s < 1
+        await trio.sleep(7)
+        assert handle.image.held.timed_out
+    it.failing.clear()
+    await trio.sleep(6)
+    assert not handle.image.held.timed_out
+    assert not handle.image.log
+    assert it.disk.data[:5] == b"newer"
+
+
 async def test_found_a_dead_descriptor_and_a_timeout_below_the_interval(bench: Make, autojump_clock: MockClock) -> None:
     """Section 4, Reopen: how often a descriptor has failed counts, and not how often one request has tried it."""
     it = bench(policy(3, interval_s=5))
@@ -492,6 +519,7 @@ async def test_nobody_waits_for_the_first_write(bench: Make, autojump_clock: Moc
     it.flights_s = [(1.0, 0.0), (10.0, 0.0)]  # the opening of the witness, and the first write
     began_s = trio.current_time()
     first = it.start(lambda: it.requests.write(handle, 0, b"1111"))
+    await trio.testing.wait_all_tasks_blocked()  # trio starts tasks in any order
     answers = [it.start(lambda at=at: it.requests.write(handle, at, b"2222")) for at in (64, 128, 192)]
     await trio.sleep(1.5)
     assert answers == [[4], [4], [4]]
