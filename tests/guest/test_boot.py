@@ -267,7 +267,9 @@ def test_a_power_off_in_an_outage_comes_to_its_end(tmp_path: Path, unit_timeout:
     The unit ends regularly: what is held gets its answer at its timeout, for which the server asks systemd to wait, and where there
     is none, at the second SIGTERM. fstab's mount has nobody who insists: systemd asks umount(8) once, and ends its server at last.
     """
-    files = site_files(unit_timeout, fstab_timeout, "TimeoutStopSec=10s\nStandardError=journal+console\n")
+    # The journal has gone before the end. What is written to it as fields is not for the console; so stderr is not to look like it.
+    on_console = "StandardError=journal+console\nUnsetEnvironment=JOURNAL_STREAM\n"
+    files = site_files(unit_timeout, fstab_timeout, f"TimeoutStopSec=10s\n{on_console}")
     files["/etc/systemd/system.conf.d/short.conf"] = "[Manager]\nDefaultTimeoutStopSec=5s\n"  # of 90
     site = Site(tmp_path, files)
     with site.guest as guest:
