@@ -136,7 +136,7 @@ FILES: list[tuple[str | bytes, int, str]] = [  # what is in it, the line that is
     ("held_limit: 1 GiB\n", 1, f"held_limit: '1 GiB' {SIZE}"),
     ("ro: true\n", 1, "ro is a mount word; give it with -o, or in fstab"),
     ("config: /x\n", 1, "config: a configuration file cannot name another; leave it out"),
-    ("source: /srv\n", 1, "source is an unknown key"),
+    ("source: /srv\n", 1, "source is no option but an argument; leave it out"),
     ("- timeout\n", 1, "no mapping; give lines of `key: value`"),
     ("just words\n", 1, "no mapping; give lines of `key: value`"),
     ("interval: 1\n\ttimeout: 2\n", 2, "no YAML: |'\\t'|; indent with spaces"),
