@@ -239,11 +239,14 @@ def test_check_mounts_nothing(place: Place) -> None:
     assert place.run(*MOUNT, "--check", place.source).returncode == 3
     place.mountpoint.rmdir()
     code, found = place.check("-o", "allow_other")
-    assert (code, found["mount"]["seen"]) == (2, f"MOUNTPOINT {place.mountpoint} does not exist")
+    assert (code, found["mount"]["seen"]) == (2, f"MOUNTPOINT {place.mountpoint} does not exist; make it with mkdir(1)")
     place.mountpoint.mkdir()
     place.source = place.path / "absent"
     code, found = place.check("-o", "allow_other")
-    assert (code, found["source"]["seen"]) == (2, f"SOURCE {place.source} does not exist")
+    assert (code, found["source"]["seen"]) == (
+        2,
+        f"SOURCE {place.source} does not exist; name the directory of the images",
+    )
 
 
 def test_check_meets_a_monitor_that_is_there_already(place: Place) -> None:

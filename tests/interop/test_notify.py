@@ -161,5 +161,7 @@ def test_a_refusal_is_told(listener: Listener, tmp_path: Path) -> None:
     """`systemctl status` shows why there is no mount."""
     command = [sys.executable, "-m", "iohang_fuse.cli", str(tmp_path / "absent"), str(tmp_path), "-f"]
     assert subprocess.run(command, check=False, timeout=60).returncode == 32
-    assert listener.until("STATUS", "SOURCE") == f"SOURCE {tmp_path}/absent does not exist"
+    assert listener.until("STATUS", "SOURCE") == (
+        f"SOURCE {tmp_path}/absent does not exist; name the directory of the images"
+    )
     assert listener.said("READY") == []

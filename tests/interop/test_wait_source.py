@@ -163,4 +163,4 @@ def test_who_does_not_ask_for_it_does_not_wait(place: Path) -> None:
     """Default 0: SOURCE must be there at once."""
     start = Starting(place, place / "src")
     assert start.process.wait(60) == 32
-    assert start.said == [f"iohang-mount: SOURCE {place}/src does not exist"]
+    assert start.said == [f"iohang-mount: SOURCE {place}/src does not exist; name the directory of the images"]
