@@ -11,6 +11,9 @@ from iohang_fuse.messages import span_words
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+FINE, WARNING, CRITICAL, UNKNOWN = 0, 1, 2, 3
+"""Exit codes of `iohangctl check`, which are those of a monitoring plug-in."""
+
 
 def status_lines(answer: dict[str, Any], images: list[dict[str, Any]]) -> list[str]:
     """`iohangctl status`: the mount, and what is not healthy."""
@@ -27,15 +30,24 @@ def status_lines(answer: dict[str, Any], images: list[dict[str, Any]]) -> list[s
     return [*lines, *(_sick(image) for image in images if image["state"] != "healthy")]
 
 
+def judgement(answer: dict[str, Any]) -> int:
+    """The exit code of `iohangctl check`. A pause that was forgotten is a warning: the next outage is not held."""
+    if answer["status"] == "healthy":
+        return FINE if answer["holding"] else WARNING
+    return WARNING if answer["status"] == "hanging" else CRITICAL
+
+
 def check_line(answer: dict[str, Any], images: list[dict[str, Any]]) -> str:
     """`iohangctl check`, with performance data as plug-ins have them."""
-    word = {"healthy": "OK", "hanging": "WARNING"}.get(answer["status"], "CRITICAL")
+    word = {FINE: "OK", WARNING: "WARNING"}.get(judgement(answer), "CRITICAL")
     sick = [_sick(image) for image in images if image["state"] != "healthy"]
     said = (
         "; ".join(sick[:3]) + (f"; and {len(sick) - 3} more" if len(sick) > 3 else "")
         if sick
         else f"{answer['images']} images open"
     )
+    if not answer["holding"]:
+        said = f"holding is paused: errors are passed on until iohangctl unpause; {said}"
     return f"IOHANG {word} - {said} | held={answer['held']} hanging={answer['hanging']} timed_out={answer['timed-out']}"
 
 
@@ -83,19 +95,37 @@ def _request_row(each: dict[str, Any]) -> tuple[str, ...]:
 
 
 def acted_lines(done: list[dict[str, Any]]) -> list[str]:
-    """What an order has done."""
+    """What `iohangctl retry`, `drain` and `fail` have done."""
     if not done:
         return ["nothing is held, so there was nothing to do"]
-    if "changed" in done[0]:
-        return [
-            f"{each['image']}: {'changed' if each['changed'] else 'was so already'}; {each['held']} requests are held"
-            for each in done
-        ]
     return [
         f"{each['image']}: {each['requests']} requests were held; now {each['held']} are"
         + ("; iohangctl list says what becomes of them" if each["held"] else "")
         for each in done
     ]
+
+
+def paused_lines(done: list[dict[str, Any]]) -> list[str]:
+    """What `iohangctl pause` has done."""
+    if not done:
+        return [
+            "no image is open; the errors of those that are opened from now on are passed on, until iohangctl unpause"
+        ]
+    return [
+        f"{each['image']}: errors are passed on{_already(each)}; {each['held']} requests are held until their next failure"
+        for each in done
+    ]
+
+
+def unpaused_lines(done: list[dict[str, Any]]) -> list[str]:
+    """What `iohangctl unpause` has done."""
+    if not done:
+        return ["no image is open; the errors of those that are opened from now on are held"]
+    return [f"{each['image']}: errors are held{_already(each)}; {each['held']} requests are held" for each in done]
+
+
+def _already(each: dict[str, Any]) -> str:
+    return "" if each["changed"] else ", as they were already"
 
 
 def set_lines(done: list[dict[str, Any]]) -> list[str]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+INTERRUPTED = 8
+"""mount(8), EXIT STATUS: "user interrupt"."""
+
+
 class Started(Protocol):
     """How the serving process tells its parent."""
 
@@ -66,13 +70,18 @@ class _Pipe:
 def run(serve: Callable[[Started], int], complain: Callable[[str], None]) -> int:
     """Run *serve* in the background. Returns, in the parent, when it serves (0) or has failed (its code)."""
     receive, send = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by who called
+            stream.flush()
     child = os.fork()
     if child:
         os.close(send)
-        with os.fdopen(receive, "rb") as pipe:
-            words = pipe.read().decode(errors="replace").split(" ", 1)
+        try:
+            with os.fdopen(receive, "rb") as pipe:
+                words = pipe.read().decode(errors="replace").split(" ", 1)
+        except KeyboardInterrupt:  # the server has had it, too, as long as it is of the terminal's
+            complain("interrupted before the mount served; if it does by now, unmount it")
+            return INTERRUPTED
         if words == ["0"]:
             return 0
         if words[0]:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
+from iohang_fuse import bounded, presence
 from iohang_fuse.config import LONGEST_SOCKET, RUN, socket_of
 from iohang_fuse.doctor import survey
+from iohang_fuse.mounttable import OUR_TYPE
 from iohang_fuse.qmp import PACKAGE
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 ANSWER_S = 10.0
 """The monitor answers at once, whatever the storage does. If not, the server itself is stuck."""
+
+LOOK_S = 2.0
+"""For statfs(2) of a mount: at once where its server is gone."""
 
 NO_MOUNT = f"no mount has a monitor in {RUN}; say which one with -m DIRECTORY, or its socket with -s FILE"
 
@@ -50,7 +55,7 @@ def find_socket(given: argparse.Namespace) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise Problem(NO_MOUNT)
+        raise Problem(NO_MOUNT + _mounted_here())
     raise Problem(
         "several mounts have a monitor; say which one with -m DIRECTORY, or its socket with -s FILE: "
         + ", ".join(map(str, found))
@@ -98,8 +103,31 @@ def _no_monitor(given: argparse.Namespace, path: Path, error: Exception) -> str:
     if cause.errno == errno.EACCES:
         return f"{path}: {why}; it is for root and the group that the mount was told by monitor_group=GROUP"
     if given.mountpoint:
-        return f"{given.mountpoint} has no monitor ({path}: {why}); is it the mount point of an iohang-mount, with a monitor?"
+        return _no_monitor_of(real(given.mountpoint), f"{path}: {why}") or (
+            f"{given.mountpoint} has no monitor ({path}: {why}); is it the mount point of an iohang-mount, with a monitor?"
+        )
     return f"{path}: {why}; is it mounted, and with a monitor?"
+
+
+def _no_monitor_of(mountpoint: str, why: str) -> str | None:
+    """The same where *mountpoint* is a mount of ours: its server may be gone, or its monitor elsewhere."""
+    if survey.find_mount(mountpoint) is None:
+        return None
+    try:
+        bounded.look(lambda: os.statvfs(mountpoint).f_bsize, LOOK_S)
+    except bounded.NoAnswer:
+        return f"{mountpoint} is mounted, and its server does not answer, nor has it a monitor ({why}); see its log"
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return f"{mountpoint}: its server is gone; stop its guests, `umount {mountpoint}`, and mount it again"
+    return (
+        f"{mountpoint} is mounted, and has no monitor there ({why}); if it was mounted with monitor=FILE, say -s FILE"
+    )
+
+
+def _mounted_here() -> str:
+    ours = sorted({each.mountpoint for each in presence.mount_table() if each.fstype == OUR_TYPE})
+    return f"; mounted here: {', '.join(ours)}" if ours else ""
 
 
 def _check_greeting(client: QMPClient, path: Path) -> None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from iohang_fuse.rehandle import Policy, Request
     from iohang_fuse.requests import Image, Requests
+
+log = logging.getLogger(__name__)
 
 MOST_REQUESTS = 1000
 """In one answer of `query-held`, unless told: some 200 KB."""
@@ -111,14 +114,19 @@ class Commands:
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> object:
         """Make one of `ARGUMENTS`. Raises QmpError where there is no such image."""
-        method: Callable[..., object] = getattr(self, "_" + name.replace("-", "_"))
+        method: Callable[..., Any] = getattr(self, "_" + name.replace("-", "_"))
         given = {key.replace("-", "_"): value for key, value in arguments.items()}
         if "image" not in ARGUMENTS[name]:
             return method()
         image = given.pop("image", None)
         if name in _LASTING:
             given["for_all"] = image is None
-        return method(self._images(image), **given)
+        answer = method(self._images(image), **given)
+        if name.startswith("io-hang-"):  # who asks later why a guest has had an error finds it here
+            words = [f"{key}={value}" for key, value in arguments.items() if key != "image"]
+            what = "all images" if image is None else image
+            log.info("an operator: %s of %s: %d concerned", " ".join([name, *words]), what, len(answer))
+        return answer
 
     def _images(self, name: str | None) -> list[Image]:
         images = [*self._requests.images.values()]

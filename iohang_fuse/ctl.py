@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from iohang_fuse import answers
+from iohang_fuse import __version__, answers
+from iohang_fuse.answers import UNKNOWN
 from iohang_fuse.client import NO_MOUNT, Misuse, Problem, ask, connected, find_socket, real, sockets
 from iohang_fuse.config import nearest, parse_span
 from iohang_fuse.doctor import findings, survey
@@ -27,12 +28,9 @@ from iohang_fuse.doctor.examination import examine
 from iohang_fuse.messages import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from qemu.qmp import QMPClient
-
-FINE, HANGING, TIMED_OUT, UNKNOWN = 0, 1, 2, 3
-"""Exit codes of `check`, which are those of a monitoring plug-in: OK, WARNING, CRITICAL, UNKNOWN."""
 
 REFUSED, USAGE = 1, 2
 """Exit codes of the other verbs: where they could not, and for wrong usage."""
@@ -50,6 +48,7 @@ ACTS = {
 
 
 VERBS = ("status", "check", "watch", "top", "doctor", "list", "held", *ACTS, "set")
+THERE_ARE = ", ".join(VERBS)
 JUDGES = {"check", "doctor"}  # whose exit code is their answer
 
 SETTABLE = ("timeout", "read_timeout", "write_timeout", "fsync_timeout", "interval")
@@ -61,18 +60,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         verb = re.search(r"^argument VERB: invalid choice: '(.*)' \(choose from", message)
         if verb is not None:
-            message = f"no verb {verb[1]!r}{nearest(verb[1], VERBS) or f'; there are {chr(44).join(VERBS)}'}"
+            message = f"no verb {verb[1]!r}{nearest(verb[1], VERBS) or f'; there are {THERE_ARE}'}"
         raise Misuse(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    verb = next((word for word in words if word in VERBS), "")
+    verb = next((word for word in words if word in VERBS), "")  # until it is known better
     _prepare_streams()
     code = REFUSED
     try:
         given = _parsed(words)
+        verb = given.verb
         code = _doctor(given) if given.verb == "doctor" else asyncio.run(_run(given))
         sys.stdout.flush()
     except SystemExit:  # after --help
@@ -108,8 +108,10 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     given, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(f"{unknown[0]!r} is {'no option' if unknown[0].startswith('-') else 'one argument too many'} here")
+    if given.socket is not None and given.mountpoint is not None:
+        parser.error("argument -m/--mountpoint: not allowed with argument -s/--socket")
     if given.verb is None:
-        parser.error(f"which verb? There are {', '.join(VERBS)}")
+        parser.error(f"which verb? There are {THERE_ARE}")
     return given
 
 
@@ -119,10 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask a mount of iohang-fuse which images hang, and say what to do.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="the monitor's own answer, for programs")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("-m", "--mountpoint", metavar="DIRECTORY", help="the mount (needed where there are several)")
-    where.add_argument("-s", "--socket", metavar="FILE", help="its monitor's socket, where that is elsewhere")
+    parser.add_argument("--version", action="version", version=f"iohangctl {__version__}")
+    _add_common(parser)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("status", help="how the mount is, in a few lines")
     verbs.add_parser(
@@ -159,7 +159,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[IMAGE] KEY=VALUE",
         help=", ".join(SETTABLE),
     )
+    for verb in verbs.choices.values():  # before the verb or behind it: who can remember that at night
+        _add_common(verb, default=argparse.SUPPRESS)
     return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, **more: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="the monitor's own answer, for programs", **more)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "-m", "--mountpoint", metavar="DIRECTORY", help="the mount (needed where there are several)", **more
+    )
+    where.add_argument("-s", "--socket", metavar="FILE", help="its monitor's socket, where that is elsewhere", **more)
 
 
 # ---- the monitor
@@ -180,11 +191,11 @@ async def _top(given: argparse.Namespace) -> int:
     try:
         interval_s = parse_span(given.delay)
     except ValueError as error:
-        raise Problem(f"--delay: {error}") from None
+        raise Misuse(f"--delay: {error}") from None
     if not SHORTEST_DELAY_S <= interval_s <= LONGEST_DELAY_S:
-        raise Problem(f"--delay: '{given.delay}' is out of range; say {SHORTEST_DELAY_S:g} s to {LONGEST_DELAY_S:g} s")
+        raise Misuse(f"--delay: '{given.delay}' is out of range; say {SHORTEST_DELAY_S:g} s to {LONGEST_DELAY_S:g} s")
     if given.frames is not None and given.frames < 1:
-        raise Problem(f"--frames: {given.frames} is no number of frames; say 1 or more")
+        raise Misuse(f"--frames: {given.frames} is no number of frames; say 1 or more")
     one = find_socket(given) if given.socket or given.mountpoint else None
     if one is not None:
         async with connected(given, one):  # whether there is such a mount at all
@@ -247,7 +258,7 @@ async def _do(client: QMPClient, given: argparse.Namespace, order: Mapping[str, 
             _show_json({**answer, "images": images} if verb == "status" else answer)
         else:
             _show(answers.status_lines(answer, images) if verb == "status" else [answers.check_line(answer, images)])
-        return {"healthy": FINE, "hanging": HANGING}.get(answer["status"], TIMED_OUT) if verb == "check" else 0
+        return answers.judgement(answer) if verb == "check" else 0
     if verb == "set":
         answer = await ask(client, "io-hang-set", order)
     else:
@@ -256,12 +267,17 @@ async def _do(client: QMPClient, given: argparse.Namespace, order: Mapping[str, 
     if given.json:
         _show_json(answer)
     else:
-        _show(
-            {"list": answers.image_lines, "held": answers.held_lines, "set": answers.set_lines}.get(
-                verb, answers.acted_lines
-            )(answer)
-        )
+        _show(_WORDS.get(verb, answers.acted_lines)(answer))
     return 0
+
+
+_WORDS: Mapping[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "list": answers.image_lines,
+    "held": answers.held_lines,
+    "set": answers.set_lines,
+    "pause": answers.paused_lines,
+    "unpause": answers.unpaused_lines,
+}
 
 
 def _settings(words: Sequence[str]) -> dict[str, object]:

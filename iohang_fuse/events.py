@@ -21,13 +21,17 @@ class Op(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HangBegan:
-    """An image's first request is held. *errno* is None where an attempt has not returned (a `hard` mount)."""
+    """An image's first request is held. *errno* is None where an attempt has not returned (a `hard` mount).
+
+    *own*: it is the server's own sync, for which nobody waits.
+    """
 
     image: str
     op: Op
     errno: int | None
     at_s: float
     deadline_s: float
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ WRITE_EVERY_S = 5.0
 STOP_S = 2.0
 """For a thread to end. It does at once, unless the file system of the file hangs."""
 
+_NO_DESCRIPTOR_S = 1.0
 _ROUND_S = 0.2  # how often a thread that waits looks whether it is to end
 
 
@@ -123,7 +124,14 @@ class Http:
             raise OSError(errno.EADDRNOTAVAIL, f"no such host: {error.strerror}") from None
         try:
             for family, _, _, _, address in dict.fromkeys(found):
-                self._servers.append(_Server(self, family, address))
+                try:
+                    self._servers.append(_Server(self, family, address))
+                except OSError as error:  # `localhost` is `::1` as well, where there may be no IPv6
+                    if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                        raise
+                    missing = error
+            if not self._servers:
+                raise missing
         except OSError:
             self.close()
             raise
@@ -165,6 +173,7 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self, outlet: Http, family: socket.AddressFamily, address: Any) -> None:
         self.outlet = outlet
         self.address_family = family
+        self._since_s: dict[Any, float] = {}  # by the socket of a client
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -173,16 +182,34 @@ class _Server(http.server.ThreadingHTTPServer):
         # Past HTTPServer's, which asks DNS for the name of the address: that may take longer than a mount may.
         socketserver.TCPServer.server_bind(self)
 
+    def get_request(self) -> Any:
+        """Raises OSError where no descriptor is left, which passes: the client still waits, and is not asked for in a loop."""
+        try:
+            return super().get_request()
+        except OSError:
+            self.outlet.ended.wait(_NO_DESCRIPTOR_S)
+            raise
+
+    def service_actions(self) -> None:
+        """Who drips does not stay: each has `CLIENT_S` in all."""
+        for request, since_s in [*self._since_s.items()]:
+            if time.monotonic() - since_s > CLIENT_S:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Once there is room. Never raises: it would be said on stderr."""
         while not self.outlet.room.acquire(timeout=_ROUND_S):
+            self.service_actions()
             if self.outlet.ended.is_set():
                 self.shutdown_request(request)
                 return
+        self._since_s[request] = time.monotonic()
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:  # no thread is to be had, which passes
             log.warning("metrics: a client cannot be let in: %s", error)
+            del self._since_s[request]
             self.outlet.room.release()
             self.shutdown_request(request)
 
@@ -190,6 +217,7 @@ class _Server(http.server.ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            del self._since_s[request]
             self.outlet.room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the library's own way
@@ -297,8 +325,11 @@ class Textfile:
 
     def _write(self) -> None:
         page = self._render()
-        fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with contextlib.suppress(FileNotFoundError):
+            self._new.unlink()  # what a killed server has left, or somebody has put there
+        fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
+            os.fchmod(fd, 0o644)  # whatever the umask is: node_exporter is somebody else
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with open(fd, "wb", closefd=False) as file:
                 file.write(page)

@@ -105,6 +105,14 @@ def _open(file: str | Path) -> int:
 class _File(logging.handlers.WatchedFileHandler):
     """Makes files of mode 0640: the server's own umask is 0, for files on the mount, and names of images are not for everybody."""
 
+    def begin_anew(self) -> None:
+        """Open the file again for the next line."""
+        with contextlib.suppress(Exception):
+            if self.stream is not None:
+                self.stream.close()
+        self.stream = None
+        self.dev, self.ino = -1, -1
+
     def _open(self) -> TextIOWrapper:
         return open(_open(self.baseFilename), "a", encoding=self.encoding, errors=self.errors)
 
@@ -152,8 +160,18 @@ class _Thread(logging.handlers.QueueListener):
         if lost > self._told:
             text = f"{lost - self._told} lines of this log are lost: they came faster than they could be written"
             self._told = lost
-            super().handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, None, "handle"))
-        super().handle(record)
+            self._write(logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, None, "handle"))
+        self._write(record)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        """A line that cannot be written is lost, and counted; for the next one the disk may have room, the directory be back."""
+        try:
+            super().handle(record)
+        except Exception:  # noqa: BLE001 - there is nobody to tell but the next line
+            self._sender.lost += 1
+            for handler in self.handlers:
+                if isinstance(handler, _File):
+                    handler.begin_anew()
 
     def stop(self) -> None:
         """Once all is written, or after `LAST_LINES_S`: a pipe that nobody reads must not keep the process (P8)."""

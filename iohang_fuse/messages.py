@@ -65,6 +65,11 @@ def sentence(  # noqa: C901, PLR0911 - one for each kind of event
 ) -> tuple[int, str]:
     """The level and the text of one log line."""
     match event:
+        case HangBegan() if event.own:
+            return logging.WARNING, (
+                f"{event.image}: the server's own sync failed with {error_words(event.errno)}; tried again since "
+                f"{clock(event.at_s)}, until it succeeds. Nobody waits for it yet; nothing is lost."
+            )
         case HangBegan():
             until = "until it succeeds" if event.deadline_s == math.inf else f"until {clock(event.deadline_s)} at most"
             return logging.WARNING, (

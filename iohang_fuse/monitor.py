@@ -172,9 +172,10 @@ class Monitor:
     def close(self) -> None:
         """Nobody comes in any more."""
         if self._socket is not None:
-            socketname.give_back(self._path, self._identity)
+            # In this order: a server that starts in this moment has the lock, and asks whether anybody listens.
             self._socket.close()
             self._socket = None
+            socketname.give_back(self._path, self._identity)
 
     async def _serve_client(self, stream: trio.SocketStream, room: trio.Semaphore) -> None:
         client = _Client(stream, Session(ARGUMENTS, self._version, PACKAGE))

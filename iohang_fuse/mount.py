@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
@@ -35,6 +36,9 @@ from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 from iohang_fuse.service import Service
 from iohang_fuse.unmounting import Unmounting
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 log = logging.getLogger(__name__)
 
@@ -212,11 +216,11 @@ class _Server:
                 nursery.start_soon(filesystem.close_unwanted)
                 nursery.start_soon(self._requests.serve, nursery)
                 nursery.start_soon(self._unmounting.serve, nursery, functools.partial(_end_now, nursery))
-                nursery.start_soon(self._event_log.serve)
+                nursery.start_soon(_aside, self._event_log.serve)
                 nursery.start_soon(self._announce)
-                nursery.start_soon(self._service.serve)
+                nursery.start_soon(_aside, self._service.serve)
                 if self._monitor is not None:
-                    nursery.start_soon(self._monitor.serve)
+                    nursery.start_soon(_aside, self._monitor.serve)
                 await receiver.main()
                 await self._unmounting.say_goodbye("unmounted")
                 nursery.cancel_scope.cancel()
@@ -265,6 +269,14 @@ class _Server:
     def _say_goodbye(self, why: str) -> None:
         if self._monitor is not None:
             self._monitor.shut_down(why)
+
+
+async def _aside(serve: Callable[[], Awaitable[None]]) -> None:
+    """What the disks can do without: a bug in it ends it alone (P11)."""
+    try:
+        await serve()
+    except Exception:
+        log.exception("a bug; the mount goes on without %s", serve.__qualname__)
 
 
 def _end_now(nursery: trio.Nursery) -> None:

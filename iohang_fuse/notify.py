@@ -12,6 +12,8 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from iohang_fuse.messages import printable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -36,7 +38,7 @@ class Notify:
         """Tell `READY=1`, `STATUS=...`; whether that is on its way. Never raises, never waits."""
         if self._address is None:
             return False
-        lines = (f"{key}={' '.join(str(value).split())[:MOST_CHARACTERS]}" for key, value in said.items())
+        lines = (f"{key}={printable(' '.join(str(value).split()))[:MOST_CHARACTERS]}" for key, value in said.items())
         message = "\n".join(lines).encode(errors="replace")
         with (
             contextlib.suppress(OSError),

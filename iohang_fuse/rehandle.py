@@ -290,8 +290,8 @@ class RehandleList:
         if self.sick and (request.held or request.started_s >= self._sick_since_s):
             self._recover(request.started_s, now, step, everyone=request.stubborn, synced=request.op is Op.FSYNC)
         if request.held:
-            self._the_hang.recovered += 1
-            self._tally.recovered += 1
+            self._the_hang.recovered += not request.own
+            self._tally.recovered += not request.own
             self._release(request, now, step)
         if self._ready:
             self._pump(now, step)
@@ -313,13 +313,13 @@ class RehandleList:
 
         was_held = request.held
         self.errno, self.offset = errno, request.offset
+        self.unsynced |= self.timed_out and request.op is Op.FSYNC
         closes_gate = request.started_s >= self._success_s and not request.stubborn
         request.stubborn = request.stubborn or request.freed
         request.freed = False
         if request.deadline_s is not None and now >= request.deadline_s:
             self._give_up(request, now, step, errno if request.drained else None)
         elif self.timed_out and not request.held:
-            self.unsynced |= request.op is Op.FSYNC
             self._tally.passed_on += not request.own
             self._answer(request, self.policy.timeout_errno, now)
             self._tell_given_up(request, now, step)
@@ -374,12 +374,18 @@ class RehandleList:
             budget = self.policy.tick_budget
             while budget and (failed := self._longer_waiting()):
                 budget -= self._ready_again(failed.popleft())
-            if self.timed_out and not self.held and not self._probing:
+            if self.timed_out and not self._probing and not self._is_probed_by_a_request():
                 self._probing = step.probe = True
         self._pump(now, step)
         if not self.sick:
             self._tick_s = math.inf
         return step
+
+    def _is_probed_by_a_request(self) -> bool:
+        """What is held is tried each interval, and its success ends the time-out: of a sync's, that of a sync alone."""
+        if not self.unsynced:
+            return bool(self.held)
+        return any(each.op is Op.FSYNC for each in (*self.held.values(), *self._trying.values()))
 
     def blocked(self, now: float) -> bool:
         """Whether an attempt has been in flight for `blocked_after` and is not held yet (a `hard` mount)."""
@@ -563,6 +569,10 @@ class RehandleList:
 
     def _set_deadline(self, request: Request) -> None:
         wait_s = self.policy.timeout_s[request.op] if self._may_hold(request) else self.policy.interval_s
+        if request.own and self._may_hold(request):
+            wait_s = (
+                math.inf
+            )  # nobody waits for it, so nobody is to have its error: not even by a time-out of the image
         request.deadline_s = request.limited_s + wait_s
         if wait_s != math.inf:
             heapq.heappush(self._deadlines, (request.deadline_s, request.seq, request))
@@ -595,7 +605,7 @@ class RehandleList:
         self._tick_s = now + self.policy.interval_s
         self._sick_since_s = now
         assert request.deadline_s is not None
-        step.events.append(HangBegan(self.image, request.op, request.errno, now, request.deadline_s))
+        step.events.append(HangBegan(self.image, request.op, request.errno, now, request.deadline_s, own=request.own))
         for waiting in sorted(self._unstarted(), key=lambda each: each.seq):
             if waiting.state is State.WAITING:
                 self._limit_wait(waiting, now)
@@ -670,13 +680,12 @@ class RehandleList:
         if self._trying.pop(request.seq, None) is not None:
             self._abandoned += 1
         self._tally.given_up += not request.own
+        self.unsynced |= self.timed_out and request.op is Op.FSYNC and request.errno is not None
         self._answer(request, self.policy.timeout_errno if errno is None else errno, now)
         step.woken.append(request)
         if not self.timed_out:
             self.timed_out = True
-            self.unsynced = any(
-                each.op is Op.FSYNC and each.errno is not None for each in (request, *self.held.values())
-            )
+            self.unsynced = any(each.op is Op.FSYNC and each.errno is not None for each in self.held.values())
             if self._hang is None:  # sick all the same: what waits here must not wait for ever
                 self._sick_since_s = now
                 for waiting in self._unstarted():
@@ -689,7 +698,7 @@ class RehandleList:
         else:
             self._tell_given_up(request, now, step)
         if request.held:
-            self._the_hang.given_up += 1
+            self._the_hang.given_up += not request.own
             self._release(request, now, step)
 
     def _tell_given_up(self, request: Request, now: float, step: Step) -> None:
@@ -703,10 +712,10 @@ class RehandleList:
         )
 
     def _pass_on(self, request: Request, errno: int, now: float, step: Step) -> None:
-        self._tally.passed_on += 1
+        self._tally.passed_on += not request.own
         self._answer(request, errno, now)
         if request.held:
-            self._the_hang.passed_on += 1
+            self._the_hang.passed_on += not request.own
             self._release(request, now, step)
 
     def _answer(self, request: Request, errno: int, now: float) -> None:

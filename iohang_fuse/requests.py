@@ -403,8 +403,11 @@ class Requests:
         self.tally.writes += 1
         return await self.run(handle, Op.WRITE, size, 0, attempt, end=math.inf)
 
-    async def sync(self, handle: Handle, *, data_only: bool, ordered: bool = True) -> None:
-        """Make stable what was acknowledged before. Raises OSError when it was given up or its error is passed on."""
+    async def sync(self, handle: Handle, *, data_only: bool, own: bool = False) -> None:
+        """Make stable what was acknowledged before. Raises OSError when it was given up or its error is passed on.
+
+        *own*: the server's, which nobody waits for, and which waits for no other.
+        """
         image = handle.image
 
         async def attempt(request: Request) -> None:
@@ -424,8 +427,8 @@ class Requests:
                 image.sync_in_flight = False
                 image.bystanders.unpark_all()
 
-        self.tally.fsyncs += 1
-        await self.run(handle, Op.FSYNC, 0, 0, attempt, ordered=ordered)
+        self.tally.fsyncs += not own
+        await self.run(handle, Op.FSYNC, 0, 0, attempt, ordered=not own, own=own)
 
     async def _sync(self, handle: Handle, request: Request, *, data_only: bool) -> None:
         image, log_ = handle.image, handle.image.log
@@ -516,10 +519,11 @@ class Requests:
         *,
         end: float | None = None,
         ordered: bool = True,
+        own: bool = False,
     ) -> T:
         """Answer one request: the result of *attempt*, or OSError when it was given up or its error is passed on."""
         request, step = handle.image.held.arrive(op, offset, length, self._now(), end=end, ordered=ordered)
-        request.own = not ordered
+        request.own = own
         return await self._live(handle, request, step, attempt)
 
     async def _live(
@@ -836,7 +840,7 @@ class Requests:
         """The write log is half full. Consumers wait for this only where it is full."""
         try:
             # Not in order: a write before it in line may be waiting for the room that this makes.
-            await self.sync(next(iter(image.handles.values())), data_only=True, ordered=False)
+            await self.sync(next(iter(image.handles.values())), data_only=True, own=True)
         except Exception as error:  # noqa: BLE001 - a sync that nobody asked for has nobody to tell; the log keeps all
             log.debug("%s: the server's own sync: %s", image.held.image, error)
             image.log.mark()  # a block that was written before the sync and since then counts once
@@ -898,8 +902,8 @@ class Requests:
     async def _probe_by_sync(self, image: Image, handle: Handle) -> bool:
         """What a sync could not make stable is written again, and synced: the page cache answers everything else."""
         try:
-            await self.sync(handle, data_only=True, ordered=False)
-        except OSError as error:
+            await self.sync(handle, data_only=True, own=True)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is no sign that the image works (P11)
             log.debug("%s: probe by sync: %s", image.held.image, error)
             return False
         return True

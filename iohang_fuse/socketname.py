@@ -35,6 +35,9 @@ _ASK_S = 2.0
 
 _MOST_BYTES = 64 << 10
 
+LOCK = ".iohang.lock"
+"""Beside the sockets. It stays: to remove it while somebody waits for it would let two have it."""
+
 Identity = tuple[int, int]
 
 
@@ -81,7 +84,8 @@ def identity_of(path: Path) -> Identity:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # A file of its own, which nobody else may open: whoever can open something can lock it, for as long as he likes.
+    fd = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         deadline_s = time.monotonic() + _LOCK_S
         while True:
@@ -108,6 +112,9 @@ def _make_free(path: Path, has_lost: Callable[[str], bool]) -> None:
             left.unlink()
     if is_alive(path):
         served, pid = _asked(path)
+        if served is None and not is_alive(path):  # it was about to end
+            path.unlink(missing_ok=True)
+            return
         if served is None or not has_lost(served):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         beside = _beside(path, pid)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from iohang_fuse.messages import size_words, span_words
+from iohang_fuse.messages import printable, size_words, span_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -108,23 +108,23 @@ def _row(mount: Seen, image: Mapping[str, Any]) -> Row:
         image.get("errno") or "no answer", str(image["attempts"]), _span(image.get("next-retry")), size_words(image["bytes"]),
         mount.clock(image["since"]) if "since" in image else "-",
     )  # fmt: skip
-    return Row(image["state"], cells)
+    return Row(image["state"], tuple(map(printable, cells)))
 
 
 def _past_row(mount: str, image: str, state: str, ended: str) -> Row:
-    return Row(state, (mount, image, state, "0", "-", "-", "-", "-", "-", "-", ended))
+    return Row(state, (printable(mount), printable(image), state, "0", "-", "-", "-", "-", "-", "-", printable(ended)))
 
 
 def totals(mount: Seen) -> str:
     """One line for a mount."""
     status = mount.status
     if status is None:
-        return f"{mount.name}: {mount.gone or 'has not answered yet'}"
+        return printable(f"{mount.name}: {mount.gone or 'has not answered yet'}")
     words = (
         f"{mount.name}: {status['status']}: {status['images']} images open, {status['hanging']} hanging, "
         f"{status['timed-out']} timed out; {status['held']} requests held, {size_words(status['held-bytes'])}"
     )
-    return words if status["holding"] else f"{words}; holding is paused"
+    return printable(words if status["holding"] else f"{words}; holding is paused")
 
 
 def columns(found: Sequence[Row], width: int) -> list[int]:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def unmount(mountpoint: str, *, lazy: bool, force: bool, verbose: bool) -> int:
     """The exit code; what went wrong is on stderr."""
-    servers = _servers_of(mountpoint)
+    servers = [] if lazy else _servers_of(mountpoint)
     flags = lazy * syscalls.MNT_DETACH | force * syscalls.MNT_FORCE
     try:
         syscalls.umount(mountpoint, flags)
@@ -90,8 +90,10 @@ def _servers_of(mountpoint: str) -> list[int]:
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if os.fsencode(mountpoint) in words and _has_fuse_open(process):
+                # In this order: to read the command line of a process that hangs in a page fault may take as long as that.
+                if _has_fuse_open(process) and os.fsencode(mountpoint) in (process / "cmdline").read_bytes().split(
+                    b"\0"
+                ):
                     found.append(int(process.name))
             except OSError:
                 continue  # it has ended, or is none of ours

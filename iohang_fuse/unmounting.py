@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from iohang_fuse import diagnosis, presence, syscalls
-from iohang_fuse.messages import error_words
+from iohang_fuse.messages import error_words, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,9 @@ shut down; not for ever, or a SIGTERM that everybody has forgotten would take th
 
 _LAST_CLOSE_S = 10.0
 """After a second SIGTERM: how long consumers get to close their files before they lose the mount."""
+
+_USERS_S = 5.0
+"""For finding out who uses the mount."""
 
 _LAST_WORD_S = 0.05
 """For the monitor's SHUTDOWN to go out."""
@@ -50,7 +53,7 @@ class Unmounting:
         self._tell_clients = say_goodbye
         self._unmounted = False
         self._free_by_s = 0.0
-        self.device_minor = 0  # of the mount, once it serves
+        self.device_minor: int | None = None  # of the mount, once it serves
         self.detached = False
 
     async def serve(self, nursery: trio.Nursery, end: Callable[[], None]) -> None:
@@ -73,7 +76,8 @@ class Unmounting:
         """The first unmounts, or says who is in the way; the second takes no no for an answer; the third does not wait (P8)."""
         flags = syscalls.MNT_DETACH if insist else 0
         try:
-            if not self._unmounted:
+            # After `umount -l` there is nothing to unmount; what is there by now is somebody else's.
+            if not self._unmounted and self._on_top():
                 await trio.to_thread.run_sync(syscalls.umount, self._mountpoint, flags)
             self._is_unmounted()
         except OSError as error:
@@ -82,10 +86,11 @@ class Unmounting:
                     "%s: cannot unmount %s: %s", why, self._mountpoint, error_words(error.errno)
                 )
                 return
-            users = await trio.to_thread.run_sync(diagnosis.users_of, self._mountpoint)
+            users = await self._users()
             held = sum(len(image.held.held) for image in self._requests.images.values())
             by = (
-                ", ".join(users) or "a process that was killed and waits for its I/O, or one in another mount namespace"
+                printable(", ".join(users))
+                or "a process that was killed and waits for its I/O, or one in another mount namespace"
             )
             log.warning(
                 "%s: %s stays mounted, it is in use by %s (%d requests held). It is unmounted when they have ended within %g min. "
@@ -106,6 +111,12 @@ class Unmounting:
         log.warning("%s again: %s is detached; held requests have their errors. Open files have %g s to be closed.",
                     why, self._mountpoint, _LAST_CLOSE_S)  # fmt: skip
         nursery.start_soon(self._end, end)
+
+    async def _users(self) -> list[str]:
+        """Who is in the way. A look at a process that hangs in a page fault may never return: no signal waits for that."""
+        with trio.move_on_after(_USERS_S):
+            return await trio.to_thread.run_sync(diagnosis.users_of, self._mountpoint, abandon_on_cancel=True)
+        return ["processes that could not be looked at"]
 
     def _is_unmounted(self) -> None:
         # We end when the kernel says that the last copy of the mount is gone. A service with a mount namespace of its
@@ -131,6 +142,8 @@ class Unmounting:
 
     def _on_top(self) -> bool:
         """Whether it is us whom umount(2) would take away there, and not what somebody has mounted since."""
+        if self.device_minor is None:
+            return True  # it has just been mounted
         there = [mounted for mounted in presence.mount_table() if mounted.mountpoint == self._mountpoint]
         return bool(there) and there[-1].device_minor == self.device_minor
 

@@ -245,7 +245,7 @@ def test_check_mounts_nothing(place: Place) -> None:
     code, found = place.check("-o", "allow_other")
     assert (code, found["source"]["seen"]) == (
         2,
-        f"SOURCE {place.source} does not exist; name the directory of the images",
+        f"SOURCE {place.source} does not exist",
     )
 
 

@@ -20,7 +20,7 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
 from contrib.bench.isolation import Client
-from iohang_fuse import ctl
+from iohang_fuse import answers, ctl
 from tests.harness import FlakySource, Mount, mounted_at, wait_until
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def test_set_moves_the_deadlines_of_what_is_held(site: Site) -> None:
     assert got == [5]
     assert time.monotonic() - begin_s < 6
     assert ask(site, "query-status")["status"] == "timed-out"
-    assert site.ctl("check").returncode == ctl.TIMED_OUT
+    assert site.ctl("check").returncode == answers.CRITICAL
     site.flaky.heal()
     os.close(fd)
 
@@ -423,13 +423,13 @@ def test_quit_unmounts(site: Site) -> None:
 
 def test_iohangctl_says_it_in_words(site: Site) -> None:
     """Every message usable by a tired person, and `check` with a plug-in's exit codes."""
-    assert site.ctl("check").returncode == ctl.FINE
+    assert site.ctl("check").returncode == answers.FINE
     assert site.ctl("list").stdout == "no image is open\n"
     site.flaky.fail("data a.img errno=EIO")
     thread, got = read_in_thread(site.image())
     wait_until(lambda: held(site) >= 1, what="a held request")
     check = site.ctl("check")
-    assert check.returncode == ctl.HANGING
+    assert check.returncode == answers.WARNING
     assert check.stdout.startswith("IOHANG WARNING - a.img: hanging since ")
     assert "EIO" in check.stdout
     assert "a.img: hanging since" in site.ctl("status").stdout
@@ -446,6 +446,62 @@ def test_iohangctl_says_it_in_words(site: Site) -> None:
     assert site.ctl("retry").stdout.startswith("a.img: 1 requests were held") or got
     thread.join(20)
     assert got == [bytes(BLOCK)]
+
+
+def test_a_pause_is_not_forgotten(site: Site) -> None:
+    """Issue: "each answer says what was done"; and what is passed on since then is nobody's surprise: `check` warns, the log knows why."""
+    paused = site.ctl("pause").stdout
+    assert (
+        paused
+        == "no image is open; the errors of those that are opened from now on are passed on, until iohangctl unpause\n"
+    )
+    check = site.ctl("check")
+    assert check.returncode == answers.WARNING
+    assert check.stdout.startswith("IOHANG WARNING - holding is paused")
+    with site.image().open("rb"):
+        assert site.ctl("pause", "a.img").stdout.startswith(
+            "a.img: errors are passed on, as they were already; 0 requests"
+        )
+        assert site.ctl("unpause", "a.img").stdout.startswith("a.img: errors are held; 0 requests")
+    assert site.ctl("unpause").stdout == "no image is open; the errors of those that are opened from now on are held\n"
+    assert site.ctl("check").returncode == answers.FINE
+    log = site.mount.log_text()
+    assert "an operator: io-hang-pause of all images: 0 concerned" in log
+    assert "an operator: io-hang-unpause of a.img: 1 concerned" in log
+
+
+def test_options_stand_before_the_verb_or_behind_it(site: Site) -> None:
+    """Every message usable by a tired person, who types what comes to his mind."""
+    said = [
+        subprocess.run([*CTL, *words], capture_output=True, text=True, timeout=30, check=True).stdout
+        for words in (
+            ["-s", str(site.socket), "--json", "list"],
+            ["list", "-s", str(site.socket), "--json"],
+            ["--json", "list", "--socket", str(site.socket)],
+        )
+    ]
+    assert said == ["[]\n"] * 3
+
+
+def test_a_killed_server_is_recognised(site: Site) -> None:
+    """Whoever is called at night is not asked whether it is mounted at all."""
+    site.mount.process.kill()
+    site.mount.process.wait()
+    done = subprocess.run(
+        [*CTL, "-m", str(site.mount.mountpoint), "check"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == answers.UNKNOWN
+    assert f"{site.mount.mountpoint}: its server is gone; stop its guests, `umount " in done.stderr
+    subprocess.run(["umount", str(site.mount.mountpoint)], check=True)
+
+
+def test_a_monitor_elsewhere_is_to_be_named(site: Site) -> None:
+    """It is mounted, and its socket is not where that of this mount point would be."""
+    done = subprocess.run(
+        [*CTL, "status", "-m", str(site.mount.mountpoint)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == ctl.REFUSED
+    assert "if it was mounted with monitor=FILE, say -s FILE" in done.stderr
 
 
 def test_iohangctl_watches(site: Site) -> None:
@@ -470,4 +526,6 @@ def test_iohangctl_without_a_mount_says_what_to_do(tmp_path: Path) -> None:
     status = subprocess.run([*command, "status"], capture_output=True, text=True, timeout=30, check=False)
     assert (status.returncode, status.stderr.count("\n")) == (ctl.REFUSED, 1)
     assert "No such file" in status.stderr
-    assert subprocess.run([*command, "check"], capture_output=True, timeout=30, check=False).returncode == ctl.UNKNOWN
+    assert (
+        subprocess.run([*command, "check"], capture_output=True, timeout=30, check=False).returncode == answers.UNKNOWN
+    )

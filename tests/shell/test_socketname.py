@@ -106,10 +106,20 @@ def race(path: Path) -> list[socket.socket]:
     return won
 
 
+def test_nobody_else_can_lock_it(path: Path) -> None:
+    """Whoever can open a file can lock it; /run/iohang is for all to read, its lock is not."""
+    claim(path).close()
+    assert (path.parent / socketname.LOCK).stat().st_mode & 0o777 == 0o600
+    fd = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    claim(path.with_name("other.sock")).close()
+    os.close(fd)
+
+
 def test_a_lock_that_is_held_does_not_keep_a_mount_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P8: every wait ends."""
     monkeypatch.setattr(socketname, "_LOCK_S", 0.2)
-    fd = os.open(path.parent, os.O_RDONLY)
+    fd = os.open(path.parent / socketname.LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with pytest.raises(OSError, match="has been locked by another process"):
         claim(path)
