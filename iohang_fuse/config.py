@@ -318,7 +318,7 @@ class Config(BaseModel):
         "none", "for Prometheus: HOST:PORT, or a file that ends in .prom"
     )
     log: Annotated[Path | None, PlainValidator(parse_path)] = Field(
-        None, validate_default=False, description="a file, in place of stderr or (in the background) syslog"
+        None, validate_default=False, description="a file, in place of stderr or (in the background) the journal"
     )
     log_level: Annotated[str, PlainValidator(_choice("debug", "info", "warning"))] = _option(
         "info", "debug logs each retry, too; warning only hangs and errors"

@@ -649,6 +649,58 @@ def test_a_sync_that_fails_later_counts_as_well() -> None:
     assert world.edges == "(!)."
 
 
+def test_a_sync_that_waited_for_what_was_given_up_counts_as_well() -> None:
+    """It was held, and had not failed yet, when the image was timed out by the write before it."""
+    world = World(
+        policy=policy(write_s=20, fsync_s=60),
+        storage=Storage(errno=lambda r, _now: EIO if r.op is Op.FSYNC or r.seq in {0, 1} else 0),
+    )
+    world.arrive(Op.WRITE)
+    world.run(1)
+    world.arrive(Op.FSYNC, ordered=True)
+    world.run(25)
+    assert world.held.timed_out
+    world.run(60)
+    assert not world.held.held
+    world.arrive(Op.WRITE)
+    world.run(5)
+    assert world.edges == "(!)"
+
+
+def test_a_request_that_is_held_for_ever_does_not_stand_in_for_the_probe_by_sync() -> None:
+    """Section 4: "a probe goes on each interval so that this is noticed": a bad sector's read is no sign either way."""
+    world = World(
+        policy=policy(read_s=math.inf),
+        storage=Storage(errno=lambda r, now: EIO if (r.op is Op.READ and r.seq) or now < 170 else 0),
+    )
+    bad = world.arrive(Op.READ)
+    world.arrive(Op.FSYNC)
+    world.run(65)
+    assert world.held.timed_out
+    world.run(30)
+    assert bad.held
+    assert not world.held.timed_out
+    assert world.edges == "(!."
+
+
+def test_nobody_has_the_error_of_the_server_s_own_sync() -> None:
+    """P2: "no other request's success or failure moves" a request's deadline: least of all a sync that nobody has asked for."""
+    world = World(storage=Storage(errno=out_until(400)))
+    own = world.arrive(Op.FSYNC, own=True)
+    world.run(200)
+    assert own.held
+    assert not world.held.timed_out
+    assert world.of(HangBegan)[0].own
+    asked = world.arrive(Op.FSYNC)
+    world.run(50)
+    assert asked.held, "the consumer's own has all of its time"
+    world.run(60)
+    assert world.answers[asked.seq] == (360.01, EIO) if asked.seq in world.answers else asked.held
+    world.run(100)
+    assert world.answers[own.seq][1] == 0
+    assert world.held._tally.recovered == 0
+
+
 def test_the_success_of_an_attempt_from_before_the_trouble_says_nothing() -> None:
     """An attempt that began before the hang says nothing about the storage now: the gate stays closed."""
     world = World(

@@ -80,12 +80,19 @@ class World:
         self._landings: list[tuple[float, int, Request | float, int]] = []
 
     def arrive(
-        self, op: Op = Op.WRITE, length: int = 4096, offset: int | None = None, *, ordered: bool = False
+        self,
+        op: Op = Op.WRITE,
+        length: int = 4096,
+        offset: int | None = None,
+        *,
+        ordered: bool = False,
+        own: bool = False,
     ) -> Request:
         """A new request now, which no other overlaps unless *offset* says so; an fsync waits for writes if *ordered*."""
         self._arrived += 1
         at = self._arrived << 20 if offset is None else offset
         request, step = self.held.arrive(op, at, length, self.now, ordered=ordered or op is not Op.FSYNC)
+        request.own = own
         self._begin(request)
         self.do(step)
         return request

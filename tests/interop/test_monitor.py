@@ -449,7 +449,7 @@ def test_iohangctl_says_it_in_words(site: Site) -> None:
 
 
 def test_a_pause_is_not_forgotten(site: Site) -> None:
-    """Issue: "each answer says what was done"; and what is passed on since then is nobody's surprise: `check` warns, the log knows why."""
+    """Issue: "each answer says what was done"; and errors that are passed on surprise nobody: `check` warns, the log knows why."""
     paused = site.ctl("pause").stdout
     assert (
         paused

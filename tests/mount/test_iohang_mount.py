@@ -288,6 +288,32 @@ def test_sigterm_takes_no_other_mount_away(paths: tuple[Path, Path], tmp_path: P
         assert mounted_at(mountpoint) == ["tmpfs"]
 
 
+def test_a_signal_after_a_lazy_unmount_is_for_what_was_unmounted(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    """P8: signals end the server of a mount that `umount -l` has taken away, and leave alone what was mounted there since."""
+    source, mountpoint = paths
+    with Mount(source, mountpoint, log=tmp_path / "log") as mount:
+        fd = os.open(mountpoint / "file", os.O_RDONLY)
+        subprocess.run(["umount", "-l", str(mountpoint)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(mountpoint)], check=True)
+        for _ in range(3):
+            mount.process.send_signal(signal.SIGTERM)
+            wait_until(
+                lambda: mount.process.poll() is not None or caught(mount.process.pid), what="the signal to arrive"
+            )
+            assert mounted_at(mountpoint) == ["tmpfs"]
+        assert mount.process.wait(20) == 0
+        assert mounted_at(mountpoint) == ["tmpfs"]
+        assert "cannot unmount" not in mount.log_text()
+        with pytest.raises(OSError, match="not connected"):
+            os.close(fd)  # flush asks the server
+
+
+def caught(pid: int) -> bool:
+    """Whether no signal waits for the process any more."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return all(int(mask, 16) == 0 for mask in re.findall(r"^S[h]?d?Pnd:\t(\w+)", text, re.MULTILINE))
+
+
 def test_killed_server_stays_mounted(paths: tuple[Path, Path], tmp_path: Path) -> None:
     """Platform fact 19: "After a crash, stay mounted (ENOTCONN) rather than uncover it"; and a new mount says what to do."""
     source, mountpoint = paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from iohang_fuse import journal, logs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 log = logging.getLogger("iohang_fuse.test")
@@ -189,6 +190,38 @@ def test_a_file_takes_any_name(tmp_path: Path) -> None:
     text = (tmp_path / "log").read_text(encoding="utf-8")
     assert "INFO    ä\\udcff\\nx\n" in text
     assert text.endswith("ValueError: ä\\udcff\n")
+
+
+def test_a_log_whose_directory_was_away_goes_on(tmp_path: Path) -> None:
+    """What cannot be written is counted, and the next line is written as soon as that is possible."""
+    folder, away = tmp_path / "log.d", tmp_path / "away"
+    folder.mkdir()
+    with logs.to_stderr_or(folder / "log", level=logging.INFO):
+        log.info("first")
+        until(lambda: "first" in (folder / "log").read_text())
+        folder.rename(away)
+        log.info("lost")
+        until(lambda: "lost" not in (away / "log").read_text() and writer_is_idle())
+        folder.mkdir()
+        log.info("again")
+        until((folder / "log").exists)
+    text = (folder / "log").read_text()
+    assert "again" in text
+    assert "1 lines of this log are lost" in text
+
+
+def writer_is_idle() -> bool:
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler, logging.handlers.QueueHandler)
+    time.sleep(0.05)
+    return handler.queue.empty()
+
+
+def until(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
 
 
 def test_debug_is_ours_alone(tmp_path: Path) -> None:

@@ -210,6 +210,27 @@ async def test_a_probe_with_a_bug_is_a_failed_probe(
     assert shell.handle.in_use == 0
 
 
+async def test_a_probe_by_sync_with_a_bug_is_a_failed_probe(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P11: the log that it writes again may be more than there is memory for."""
+    shell = start()
+    shell.storage.errno = EIO
+    await shell.answer(Op.FSYNC)
+    shell.storage.errno = 0
+    tried = []
+
+    def broken(_writes: object, *, data_only: bool) -> int:
+        tried.append(data_only)
+        raise MemoryError
+
+    monkeypatch.setattr(shell.handle.backing, "rewrite", broken)
+    await trio.sleep(21)
+    assert len(tried) >= 4
+    assert shell.held.timed_out
+    assert (await shell.answer(Op.WRITE))[1] == 0, "the mount stays"
+
+
 async def test_new_failures_of_a_timed_out_image_are_answered_at_once(start: Start, autojump_clock: MockClock) -> None:
     """Section 4: new failures are answered at once, until an attempt succeeds."""
     shell = start()
