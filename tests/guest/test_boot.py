@@ -93,7 +93,7 @@ ExecStart=/usr/bin/python3 -m contrib.guest.debian.consumer /mnt/fstab/other.img
 TimeoutStopSec=2s
 """
 
-# What has guests on the mount, by the names that Debian's packages have. Nothing is said here of its order: that is the unit's business.
+# What has guests on the mount, by the names of Debian's units. Nothing is said here of its order: that is our unit's business.
 STANDS_FOR = """\
 [Unit]
 Description=What stands for the real one
