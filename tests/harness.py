@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from iohang_fuse.engine import Engine
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -35,6 +37,11 @@ def mounted_at(mountpoint: Path) -> list[str]:
         if where == str(mountpoint):
             types.append(right.split()[0])
     return types
+
+
+def engine_here() -> str:
+    """What `engine=auto` is on this machine."""
+    return Engine("auto").name
 
 
 class Server:

@@ -217,29 +217,36 @@ def nothing_is_left(place: Path) -> Iterator[None]:
         assert (place / "file").read_text() == "precious"
 
 
-def test_a_file_that_may_not_be_read(place: Path) -> None:
-    """As somebody else than root, whom nothing is forbidden."""
-    path = place / "iohang.yaml"
-    path.write_text("timeout: 5\n")
-    path.chmod(0)
-    for folder in (place, *place.parents):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    program = f"import sys; sys.path[:0] = {sys.path}; from iohang_fuse import cli; sys.exit(cli.main())"
-    command = [
-        "setpriv",
-        "--reuid=65534",
-        "--clear-groups",
-        sys.executable,
-        "-c",
-        program,
-        "/srv",
-        "/mnt",
-        "-c",
-        str(path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd="/")
-    assert done.returncode == USAGE
-    check_line(done.stderr, "iohang-mount", f"{path} cannot be read: Permission denied; name a readable file")
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """As somebody else than root, whom nothing is forbidden; wherever this tree lies, all that is needed of it is imported."""
+    groups = os.getgroups()
+    os.setgroups([])
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setgroups(groups)
+
+
+@pytest.mark.usefixtures("never_mounts")
+def test_a_file_that_may_not_be_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/iohang-mount.rst, EXIT STATUS: "1: wrong usage: an argument, an option, or the configuration file"."""
+    (place / "iohang.yaml").write_text("timeout: 5x\n")
+    place.chmod(0o755)
+    monkeypatch.chdir(place)
+    path = "/proc/self/cwd/iohang.yaml"  # whatever lies above may be closed to others
+    with as_nobody():
+        code, out, err = run_here(cli.main, ["src", "mnt", "-c", path], capsys)
+    check_line(err, "iohang-mount", f"{path}:1: timeout: '5x'")
+    (place / "iohang.yaml").chmod(0)
+    with nothing_is_done(place), as_nobody():
+        code, out, err = run_here(cli.main, ["src", "mnt", "-c", path], capsys)
+    assert (code, out) == (USAGE, "")
+    check_line(err, "iohang-mount", f"{path} cannot be read: Permission denied; name a readable file")
 
 
 def test_mount_iohang_says_the_same(place: Path) -> None:

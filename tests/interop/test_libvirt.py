@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from contrib.guest.kernel import build
+from tests.interop.own import OWN, kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ for own in /etc /var; do
     mkdir -p "$PLACE$own" && mount -t tmpfs tmpfs "$PLACE$own" && mkdir "$PLACE$own/upper" "$PLACE$own/work"
     mount -t overlay overlay -o "lowerdir=$own,upperdir=$PLACE$own/upper,workdir=$PLACE$own/work" $own
 done
-for own in /srv /mnt /run; do mount -t tmpfs tmpfs $own; done
+own /srv /mnt /run
 mkdir -p /srv/disk /mnt/flaky /mnt/iohang /etc/libvirt /var/log/libvirt /var/lib/libvirt/qemu /run/guest && chmod 777 /run/guest
 truncate -s 16M /srv/disk/guest.img && chmod 600 /srv/disk/guest.img
 cp "$VMLINUZ" /srv/vmlinuz && cp "$INITRAMFS" /srv/initramfs && chmod 644 /srv/vmlinuz /srv/initramfs
@@ -82,9 +83,10 @@ def in_namespaces(tmp_path: Path, program: Callable[[str, str], str], script: st
         "INITRAMFS": str(kernel.initramfs),
         "DOMAIN": DOMAIN,
     }
+    needed = kept(kernel.vmlinuz.parent, kernel.initramfs.parent)
     done = subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", BEFORE + script],
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **given},
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", OWN + BEFORE + script],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **given, **needed},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -94,6 +96,7 @@ def in_namespaces(tmp_path: Path, program: Callable[[str, str], str], script: st
 def test_an_outage_within_the_timeout(tmp_path: Path, program: Callable[[str, str], str]) -> None:
     """docs/howto/libvirt.rst: "libvirt does not know of it: the guest is running", and goes on without an error."""
     script = """
+        iohangctl set timeout=10min >/dev/null  # a busy machine may take its time for what follows
         echo 'data *.img errno=EIO' >/run/outage
         within 60 hangs
         state running

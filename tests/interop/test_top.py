@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
-import select
 import signal
-import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
-import pyte
 import pytest
 
 from tests.harness import FlakySource, Mount, wait_until
+from tests.terminal import ALTERNATE_SCREEN, Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,78 +23,6 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 CTL = [sys.executable, "-c", "import sys; from iohang_fuse.ctl import main; sys.exit(main())"]
-ALTERNATE_SCREEN, ITS_END = b"\x1b[?1049h", b"\x1b[?1049l"
-
-
-class Terminal:
-    """iohangctl on a pty of its own, and the screen that somebody would see."""
-
-    def __init__(self, *words: object, columns: int = 200, rows: int = 20) -> None:
-        self._screen = pyte.Screen(columns, rows)
-        self._stream = pyte.ByteStream(self._screen)
-        self.output = b""
-        self._master, slave = pty.openpty()
-        self.resize(columns, rows)
-        self._slave = slave  # kept open, to ask for its state at the end
-        self.before = termios.tcgetattr(slave)
-        self.process = subprocess.Popen(
-            # The first terminal that a session's leader opens is its own: so Ctrl-C is a signal.
-            ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(slave), *CTL, *map(str, words)],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "", "LINES": ""},
-            start_new_session=True,
-        )
-
-    def resize(self, columns: int, rows: int) -> None:
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        self._screen.resize(rows, columns)
-
-    def text(self) -> str:
-        """What is on the screen now."""
-        while select.select([self._master], [], [], 0)[0]:
-            piece = os.read(self._master, 65536)
-            self.output += piece
-            self._stream.feed(piece)
-        return "\n".join(line.rstrip() for line in self._screen.display)
-
-    def wait_for(self, *words: str) -> str:
-        wait_until(
-            lambda: all(word in self.text() for word in words), 60, f"{words} on the screen; there is:\n{self.text()}"
-        )
-        return self.text()
-
-    def now(self) -> list[Any]:
-        """Its state; see termios(3)."""
-        return termios.tcgetattr(self._slave)
-
-    def press(self, keys: bytes) -> None:
-        os.write(self._master, keys)
-
-    def end(self) -> int:
-        """Its exit code; the terminal must be as it was."""
-
-        def ended() -> bool:
-            self.text()  # or it would wait for us to read
-            return self.process.poll() is not None
-
-        wait_until(ended, 60, "the end of iohangctl")
-        self.text()
-        assert self.now() == self.before
-        assert self.output.count(ALTERNATE_SCREEN) == self.output.count(ITS_END)
-        assert self.output.rfind(b"\x1b[?25h") > self.output.rfind(b"\x1b[?25l") or b"\x1b[?25l" not in self.output
-        return self.process.returncode
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self._slave)
-        os.close(self._master)
 
 
 class Site:
@@ -145,7 +68,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 def test_an_outage_on_the_screen(site: Site) -> None:
     """One row per image that hangs or has had trouble; q quits, and the terminal is as it was."""
-    with Terminal("-s", site.socket, "top", "-d", "200ms") as terminal:
+    with Terminal(*CTL, "-s", site.socket, "top", "-d", "200ms") as terminal:
         terminal.wait_for(f"{site.path}/mnt: healthy: 0 images open", "no image hangs", "each 0.2 s; q quits")
         site.flaky.fail("data a.img errno=EIO")
         consumer = site.read()
@@ -166,7 +89,7 @@ def test_an_outage_on_the_screen(site: Site) -> None:
 @pytest.mark.parametrize("end", ["ctrl-c", "SIGTERM", "SIGHUP", "Q"])
 def test_whatever_ends_it_restores_the_terminal(site: Site, end: str) -> None:
     """Quits with q or Ctrl-C, restores the terminal; a signal is no other end, and Ctrl-Z none at all."""
-    with Terminal("-s", site.socket, "top", "-d", "60") as terminal:
+    with Terminal(*CTL, "-s", site.socket, "top", "-d", "60") as terminal:
         terminal.wait_for("q quits")
         wait_until(lambda: not terminal.now()[3] & termios.ECHO, 20, "keys that come one by one, and unechoed")
         assert terminal.now()[6][termios.VSUSP] == b"\0"
@@ -183,7 +106,7 @@ def test_whatever_ends_it_restores_the_terminal(site: Site, end: str) -> None:
 
 def test_it_survives_the_servers_end(site: Site) -> None:
     """Says so, and goes on with the next server at the same place."""
-    with Terminal("-s", site.socket, "top", "-d", "200ms") as terminal:
+    with Terminal(*CTL, "-s", site.socket, "top", "-d", "200ms") as terminal:
         terminal.wait_for("healthy")
         site.mount.stop()
         terminal.wait_for(f"{site.path}/mnt: ", "it is asked again each time")
@@ -205,7 +128,7 @@ def test_small_terminals(site: Site, columns: int, rows: int) -> None:
     """What does not fit is left out, and what there is to see is seen; also when the window is made small while it runs."""
     site.flaky.fail("data * errno=EIO")
     consumers = [site.read("a.img"), site.read("b.img")]
-    with Terminal("-s", site.socket, "top", "-d", "200ms") as terminal:
+    with Terminal(*CTL, "-s", site.socket, "top", "-d", "200ms") as terminal:
         terminal.wait_for("a.img", "b.img")
         terminal.resize(columns, rows)
         if columns == 30:
@@ -248,7 +171,7 @@ def test_without_a_terminal_it_is_lines(site: Site) -> None:
 
 def test_batch_on_a_terminal_and_a_reader_that_goes(site: Site) -> None:
     """As `top -b`; and `iohangctl top | head -1` ends without a word of its own."""
-    with Terminal("-s", site.socket, "top", "-b", "-n", "2", "-d", "100ms") as terminal:
+    with Terminal(*CTL, "-s", site.socket, "top", "-b", "-n", "2", "-d", "100ms") as terminal:
         assert terminal.end() == 0
         assert ALTERNATE_SCREEN not in terminal.output
         assert terminal.output.count(b"healthy: 0 images open") == 2
@@ -267,7 +190,7 @@ def test_all_mounts_where_none_is_named(site: Site) -> None:
     """Several mounts if no mountpoint is given, those that come later, too."""
     with (
         Mount(site.path / "real", site.path / "one", log=site.path / "one.log"),
-        Terminal("top", "-d", "200ms", rows=200) as terminal,
+        Terminal(*CTL, "top", "-d", "200ms", rows=200) as terminal,
     ):
         terminal.wait_for(f"{site.path}/one: healthy")
         with Mount(site.path / "src", site.path / "two", "timeout=600", log=site.path / "two.log"):

@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.interop.own import OWN, kept
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TUTORIAL = Path(__file__).parents[2] / "docs/tutorial.rst"
 PROMPT = "    # "
 ANSWERED_S = 60
-"""How long an answer may take to be the right one: a timeout of 10 s, an interval of 5 s, and a busy machine."""
+"""How long an answer may take to be the right one: a timeout of 30 s, an interval of 5 s, and a busy machine."""
 
 ENDED_S = 90
-"""How long a command may take: `wait` for a writer whose timeout is 10 s."""
+"""How long a command may take: `wait` for a writer whose timeout is 30 s."""
 
 
 @dataclass
@@ -74,10 +76,9 @@ class Shell:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PATH": path, "LC_ALL": "C.UTF-8"},
+            env={**os.environ, "PATH": path, "LC_ALL": "C.UTF-8", **kept()},
         )
-        for own in ("/srv", "/mnt", "/run"):
-            assert self.run(f"mount -t tmpfs tmpfs {own}") == (0, "")
+        assert self.run(f"{OWN}\nown /srv /mnt /run") == (0, "")
 
     def run(self, command: str) -> tuple[int, str]:
         """The exit code and the output of *command*."""
