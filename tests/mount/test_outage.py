@@ -85,6 +85,10 @@ def aligned(data: bytes) -> memoryview:
     return memoryview(area)[: len(data)]
 
 
+BUSY_S = 10.0
+"""What a machine that is busy otherwise may add, and less than any timeout that must not count: 30 s, or the default's 60."""
+
+
 def timed(call: Callable[[], object]) -> tuple[object, float]:
     """The result, or the errno, and how long that took."""
     began = time.monotonic()
@@ -117,9 +121,9 @@ def test_masking(site: Site, worker: concurrent.futures.Executor, operation: str
     assert not pending.done()
     time.sleep(0.7)
     site.flaky.heal()
-    result, took_s = pending.result(timeout=10)
+    result, took_s = pending.result(timeout=60)
     assert result in {BLOCK, None}
-    assert 0.7 <= took_s < 5
+    assert 0.7 <= took_s < 0.7 + BUSY_S
     if operation == "write":
         assert (site.real / "vm.img").read_bytes()[:BLOCK] == bytes(block)
     wait_until(lambda: "recovered after" in mount.log_text(), what="the hang's end in the log")
@@ -134,19 +138,19 @@ def test_given_up_at_the_deadline(site: Site, operation: str) -> None:
     site.flaky.fail(f"{operation} vm.img errno=ETIMEDOUT")
     result, took_s = timed(lambda: CALLS[operation](fd, aligned(bytes(BLOCK))))
     assert result == errno.EIO
-    assert 1 <= took_s < 2
+    assert 1 <= took_s < 1 + BUSY_S
 
 
 def test_enospc_pauses_a_guest(site: Site) -> None:
     """Section 4: "`timeout_errno` chooses the answer: `EIO`, or `ENOSPC`", and again while the image is timed out."""
     site.image()
-    mount = site.mount("interval=0.2", "timeout=0.6", "timeout_errno=ENOSPC")
+    mount = site.mount("interval=0.2", "timeout=4", "timeout_errno=ENOSPC")
     fd = site.open()
     site.flaky.fail("data vm.img errno=EIO")
     assert timed(lambda: os.pwrite(fd, aligned(bytes(BLOCK)), 0))[0] == errno.ENOSPC
     result, took_s = timed(lambda: os.pwrite(fd, aligned(bytes(BLOCK)), 0))
     assert result == errno.ENOSPC
-    assert took_s < 0.5, "section 4: timed out: new failures are answered at once"
+    assert took_s < 3, "section 4: timed out: new failures are answered at once"
     assert "timed out" in mount.log_text()
     site.flaky.heal()
     wait_until(lambda: "works again" in mount.log_text(), what="the probe to notice")
@@ -157,7 +161,7 @@ def test_enospc_pauses_a_guest(site: Site) -> None:
 def test_holds_again_after_a_time_out(site: Site, worker: concurrent.futures.Executor) -> None:
     """Section 4: timed out "until an attempt succeeds": the next outage is held like the first one."""
     site.image()
-    mount = site.mount("interval=0.2", "timeout=1")
+    mount = site.mount("interval=0.2", "timeout=5")
     fd = site.open()
     site.flaky.fail("data vm.img errno=EIO")
     assert timed(lambda: os.pwrite(fd, aligned(bytes(BLOCK)), 0))[0] == errno.EIO
@@ -167,7 +171,7 @@ def test_holds_again_after_a_time_out(site: Site, worker: concurrent.futures.Exe
     pending = worker.submit(timed, lambda: os.pwrite(fd, aligned(bytes(BLOCK)), 0))
     time.sleep(0.5)
     site.flaky.heal()
-    assert pending.result(timeout=10)[0] == BLOCK
+    assert pending.result(timeout=60)[0] == BLOCK
 
 
 def test_timeout_zero_passes_errors_on(site: Site) -> None:
@@ -179,7 +183,7 @@ def test_timeout_zero_passes_errors_on(site: Site) -> None:
     for call in CALLS.values():
         result, took_s = timed(lambda call=call: call(fd, aligned(bytes(BLOCK))))  # type: ignore[misc]
         assert result == errno.ESTALE
-        assert took_s < 0.5
+        assert took_s < BUSY_S
     assert "held since" not in mount.log_text()
 
 
@@ -193,7 +197,7 @@ def test_timeout_inf_holds_until_recovery(site: Site, worker: concurrent.futures
     wait_until(lambda: "until it succeeds" in mount.log_text(), what="the hang's begin")
     time.sleep(1)
     site.flaky.heal()
-    assert pending.result(timeout=10)[0] == BLOCK
+    assert pending.result(timeout=60)[0] == BLOCK
 
 
 def test_each_kind_has_its_timeout(site: Site, worker: concurrent.futures.Executor) -> None:
@@ -204,7 +208,7 @@ def test_each_kind_has_its_timeout(site: Site, worker: concurrent.futures.Execut
     site.flaky.fail("data vm.img errno=EIO")
     result, took_s = timed(lambda: os.fsync(fd))
     assert result == errno.EIO
-    assert 1 <= took_s < 2
+    assert 1 <= took_s < 1 + BUSY_S
     site.flaky.heal()
     wait_until(lambda: "works again" in mount.log_text(), what="the end of the time-out")
     site.flaky.fail("data vm.img errno=EIO")
@@ -212,10 +216,10 @@ def test_each_kind_has_its_timeout(site: Site, worker: concurrent.futures.Execut
     write = worker.submit(timed, lambda: os.pwrite(fd, aligned(bytes(BLOCK)), 0))
     time.sleep(1.5)
     result, took_s = timed(lambda: CALLS["read"](fd, aligned(bytes(BLOCK))))
-    assert (result, took_s < 0.5) == (errno.EIO, True)
+    assert (result, took_s < BUSY_S) == (errno.EIO, True)
     assert not write.done()
     site.flaky.heal()
-    assert write.result(timeout=10)[0] == BLOCK
+    assert write.result(timeout=60)[0] == BLOCK
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EROFS", "EFBIG", "EACCES"])
@@ -227,7 +231,7 @@ def test_other_errors_are_passed_on(site: Site, name: str) -> None:
     site.flaky.fail(f"write vm.img errno={name}")
     result, took_s = timed(lambda: os.pwrite(fd, aligned(bytes(BLOCK)), 0))
     assert result == getattr(errno, name)
-    assert took_s < 0.5
+    assert took_s < BUSY_S
     assert "held since" not in mount.log_text()
 
 
@@ -241,7 +245,7 @@ def test_configured_errors_are_held(site: Site, worker: concurrent.futures.Execu
     time.sleep(0.5)
     assert not pending.done()
     site.flaky.heal()
-    assert pending.result(timeout=10)[0] == BLOCK
+    assert pending.result(timeout=60)[0] == BLOCK
 
 
 def test_short_read_is_continued(site: Site) -> None:
@@ -278,7 +282,7 @@ def test_half_a_write_is_written_again_whole(site: Site, worker: concurrent.futu
     time.sleep(0.5)
     assert not pending.done()
     site.flaky.heal()
-    assert pending.result(timeout=10) == len(new)
+    assert pending.result(timeout=60) == len(new)
     assert (site.real / "vm.img").read_bytes() == content[: 8 * BLOCK] + new + content[24 * BLOCK :]
 
 
@@ -291,7 +295,7 @@ def test_append_is_never_doubled(site: Site, worker: concurrent.futures.Executor
     pending = worker.submit(os.write, fd, b"line\n")
     time.sleep(0.7)
     site.flaky.heal()
-    assert pending.result(timeout=10) == 5
+    assert pending.result(timeout=60) == 5
     assert (site.real / "vm.img").read_bytes() == content + b"line\n"
 
 
@@ -305,7 +309,7 @@ def test_truncation_is_held_like_a_write(site: Site, worker: concurrent.futures.
     time.sleep(0.5)
     assert not pending.done()
     site.flaky.heal()
-    pending.result(timeout=10)
+    pending.result(timeout=60)
     assert (site.real / "vm.img").stat().st_size == BLOCK
     assert os.fstat(fd).st_size == BLOCK
 
@@ -313,7 +317,7 @@ def test_truncation_is_held_like_a_write(site: Site, worker: concurrent.futures.
 def test_bad_sector_hinders_nothing_else(site: Site, worker: concurrent.futures.Executor) -> None:
     """Section 4: "A request that still fails on its own (a bad sector) ... hinders only what overlaps it"."""
     content = site.image()
-    site.mount("interval=0.2", "timeout=3")
+    site.mount("interval=0.2", "timeout=6")
     fd = site.open()
     site.flaky.fail(f"read vm.img errno=EIO bytes={8 * BLOCK}-{9 * BLOCK - 1}")
     bad = worker.submit(timed, lambda: os.preadv(fd, [aligned(bytes(BLOCK))], 8 * BLOCK))
@@ -322,10 +326,10 @@ def test_bad_sector_hinders_nothing_else(site: Site, worker: concurrent.futures.
         area = aligned(bytes(BLOCK))
         _, took_s = timed(lambda area=area, number=number: os.preadv(fd, [area], number * BLOCK))  # type: ignore[misc]
         assert bytes(area) == content[number * BLOCK :][:BLOCK]
-        assert took_s < 0.5
-    result, took_s = bad.result(timeout=10)
+        assert took_s < 4, "and not until the bad one is given up"
+    result, took_s = bad.result(timeout=60)
     assert result == errno.EIO
-    assert 3 <= took_s < 4
+    assert 6 <= took_s < 6 + BUSY_S
 
 
 def test_blocked_read_is_given_up(site: Site) -> None:
@@ -336,7 +340,7 @@ def test_blocked_read_is_given_up(site: Site) -> None:
     site.flaky.fail("read vm.img hang")
     result, took_s = timed(lambda: CALLS["read"](fd, aligned(bytes(BLOCK))))
     assert result == errno.EIO
-    assert 1.5 <= took_s < 3
+    assert 1.5 <= took_s < 1.5 + BUSY_S
     assert "no answer from the storage" in mount.log_text()
 
 
@@ -352,7 +356,7 @@ def test_blocked_write_is_never_answered_in_flight(site: Site, worker: concurren
     time.sleep(2)
     assert not pending.done()
     site.flaky.heal()
-    assert pending.result(timeout=10)[0] == BLOCK
+    assert pending.result(timeout=60)[0] == BLOCK
     assert (site.real / "vm.img").read_bytes()[:BLOCK] == new
     wait_until(lambda: "recovered after" in mount.log_text(), what="the hang's end")
 
@@ -369,7 +373,7 @@ def test_one_begin_one_end(site: Site, worker: concurrent.futures.Executor) -> N
     ]
     time.sleep(1.5)
     site.flaky.heal()
-    assert [read.result(timeout=10) for read in reads] == [BLOCK] * 40
+    assert [read.result(timeout=60) for read in reads] == [BLOCK] * 40
     wait_until(lambda: "recovered after" in mount.log_text(), what="the hang's end")
     assert mount.log_text().count("held since") == 2, "one in the begin's line, one in the end's"
     assert "vm.img: read failed with EIO" in mount.log_text()
@@ -389,7 +393,7 @@ def test_attributes_from_memory(site: Site, worker: concurrent.futures.Executor)
         assert timed(lambda: os.fstat(fd).st_size)[0] == 10 * BLOCK
         assert timed(lambda: os.stat(site.mounts[0].mountpoint / "vm.img").st_size)[0] == 10 * BLOCK
     site.flaky.heal()
-    assert pending.result(timeout=10) == BLOCK
+    assert pending.result(timeout=60) == BLOCK
 
 
 def test_five_hundred_held_hinder_nobody(site: Site) -> None:
@@ -535,7 +539,7 @@ def test_errors_injected_into_our_own_system_calls(
                     assert not pending.done()
                 finally:
                     strace.send_signal(signal.SIGINT)
-            result, took_s = pending.result(timeout=10)
+            result, took_s = pending.result(timeout=60)
             assert took_s >= 1
             if operation == "read":
                 assert result == content[32 * BLOCK : 33 * BLOCK]
