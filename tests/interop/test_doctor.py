@@ -220,7 +220,7 @@ def test_a_server_that_is_gone(place: Place) -> None:
     code, found = place.doctor()
     assert code == 2
     assert found["monitor"]["level"] == "problem"
-    assert "Connection refused" in found["monitor"]["seen"]
+    assert "its server is gone" in found["monitor"]["seen"]
     assert found["settings"]["seen"].endswith("judged by its line in /etc/fstab")
     assert "a request may wait up to 15 s" in found["guests"]["seen"]
 
