@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 OWN = r"""
+# A copy of somebody's mount would keep its server waiting after he has unmounted it, which he may do in this moment, too.
+grep ' - fuse.iohang' /proc/self/mountinfo | cut -d' ' -f5 | while IFS= read -r at; do
+    umount -l "$(printf %b "$at")" 2>/dev/null || true
+done
 own() { # DIRECTORY...: what is beneath them of $KEPT (a path on each line) stays where it is
     local at path fd each needed
-    # A copy of somebody's mount would keep its server waiting after he has unmounted it.
-    grep ' - fuse.iohang' /proc/self/mountinfo | cut -d' ' -f5 | while IFS= read -r at; do umount -l "$(printf %b "$at")"; done
     for at; do
         needed=()
         while IFS= read -r path; do

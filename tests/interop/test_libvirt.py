@@ -39,6 +39,10 @@ DOMAIN = """\
 BEFORE = """\
 set -eu
 trap 'echo "this failed: $BASH_COMMAND"; cat /run/iohang.log' ERR
+# What is mounted beneath would be hidden, and still in the mount table, where libvirt takes the last cgroup2 for the right one.
+findmnt -rno TARGET | grep -E '^/(etc|var)/' | tac | while IFS= read -r at; do
+    case $PLACE/ in "$at"/*) ;; *) umount -l "$(printf %b "$at")" 2>/dev/null || true ;; esac
+done
 for own in /etc /var; do
     mkdir -p "$PLACE$own" && mount -t tmpfs tmpfs "$PLACE$own" && mkdir "$PLACE$own/upper" "$PLACE$own/work"
     mount -t overlay overlay -o "lowerdir=$own,upperdir=$PLACE$own/upper,workdir=$PLACE$own/work" $own
