@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import pyfuse3
 import trio
 
-from iohang_fuse import config, limits, logs, mountwords, receiver, source, syscalls
+from iohang_fuse import __version__, config, limits, logs, mountwords, receiver, source, syscalls
 from iohang_fuse.engine import Engine
 from iohang_fuse.events import Op
 from iohang_fuse.filesystem import Filesystem
@@ -626,6 +626,7 @@ class _Parser(argparse.ArgumentParser):
 def main() -> int:
     """The command `iohang-flaky`."""
     parser = _Parser(prog="iohang-flaky", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"iohang-flaky {__version__}")
     parser.add_argument("directory")
     parser.add_argument("mountpoint")
     parser.add_argument("trigger", help="the file with the rules; need not exist")
