@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import http.server
 import logging
-import os
 import signal
 import socket
 import socketserver
-import stat
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
+
+from iohang_fuse.textfile import Textfile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,9 +39,6 @@ CLIENT_S = 10.0
 
 FRESH_S = 0.25
 """Younger pages are not made again: clients that come in droves must not take the processor from guests."""
-
-WRITE_EVERY_S = 5.0
-"""The file. node_exporter is asked every 15 s or so."""
 
 STOP_S = 2.0
 """For a thread to end. It does at once, unless the file system of the file hangs."""
@@ -260,83 +256,3 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
         """Nobody wants to read of each scrape."""
-
-
-# ---- a file
-
-
-class Textfile:
-    """A file that node_exporter reads. It is replaced, never changed, so that nobody reads half of it.
-
-    Whoever writes it keeps a lock on the one that he has put there: so two mounts that were told the same name notice, and what a
-    killed server has left is in nobody's way.
-    """
-
-    def __init__(self, render: Callable[[], bytes], path: Path) -> None:
-        self._render = render
-        self._path = path
-        self._new = path.with_name(f".{path.name}.new")  # node_exporter reads *.prom
-        self._mine: int | None = None
-        self._ended = threading.Event()
-
-    def bind(self) -> None:
-        """Put a first one there. Raises OSError: EEXIST if another mount writes it, or what is there is no file of this kind."""
-        try:
-            there = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            there = None
-        if there is not None:
-            try:
-                if not stat.S_ISREG(os.fstat(there).st_mode):
-                    raise FileExistsError(errno.EEXIST, "it is there, and no regular file")
-                fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FileExistsError(errno.EEXIST, "another mount writes it") from None
-            finally:
-                os.close(there)
-        self._write()
-
-    def serve(self) -> None:
-        """Until `stop`."""
-        complained = False
-        while not self._ended.wait(WRITE_EVERY_S):
-            try:
-                self._write()
-                complained = False
-            except Exception as error:
-                if not complained:  # once, until it works again
-                    log.warning(
-                        "metrics: %s cannot be written: %s", self._path, error, exc_info=not isinstance(error, OSError)
-                    )
-                complained = True
-
-    def stop(self) -> None:
-        """`serve` is to end."""
-        self._ended.set()
-
-    def close(self) -> None:
-        """Remove it, unless it is somebody else's by now: what is not measured any more must not look as if it were."""
-        if self._mine is not None:
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(self._mine), os.stat(self._path, follow_symlinks=False)):
-                    self._path.unlink()
-            os.close(self._mine)
-            self._mine = None
-
-    def _write(self) -> None:
-        page = self._render()
-        with contextlib.suppress(FileNotFoundError):
-            self._new.unlink()  # what a killed server has left, or somebody has put there
-        fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            os.fchmod(fd, 0o644)  # whatever the umask is: node_exporter is somebody else
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with open(fd, "wb", closefd=False) as file:
-                file.write(page)
-            os.replace(self._new, self._path)
-        except BaseException:
-            os.close(fd)
-            raise
-        if self._mine is not None:
-            os.close(self._mine)
-        self._mine = fd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import http.client
 import os
 import re
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from iohang_fuse import exposition
+from iohang_fuse import exposition, textfile
 from iohang_fuse.exposition import MOST_CLIENTS, Exposition
 from tests.harness import wait_until
 
@@ -267,7 +268,7 @@ def test_signals_are_for_the_main_thread(port: int) -> None:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exposition, "WRITE_EVERY_S", 0.01)
+    monkeypatch.setattr(textfile, "WRITE_EVERY_S", 0.01)
 
 
 @pytest.mark.usefixtures("often")
@@ -305,11 +306,22 @@ def test_two_mounts_do_not_write_one_file(tmp_path: Path) -> None:
         assert path.read_bytes() == PAGE
 
 
+def test_nobody_else_can_lock_the_file(tmp_path: Path) -> None:
+    """Whoever may read a file may lock it: that keeps no mount from its metrics, or a mount from its start."""
+    path = tmp_path / "iohang.prom"
+    path.write_bytes(PAGE)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with serving(lambda: PAGE, path):
+            assert (tmp_path / ".iohang.prom.lock").stat().st_mode & 0o777 == 0o600
+
+
 def test_what_a_killed_server_has_left_is_replaced(tmp_path: Path) -> None:
     """The file, and the next one that it was about to put there."""
     path = tmp_path / "iohang.prom"
     path.write_text("old\n")
     (tmp_path / ".iohang.prom.new").write_text("half")
+    (tmp_path / ".iohang.prom.lock").touch()
     with serving(lambda: PAGE, path):
         assert path.read_bytes() == PAGE
     assert [*tmp_path.iterdir()] == []
@@ -318,7 +330,7 @@ def test_what_a_killed_server_has_left_is_replaced(tmp_path: Path) -> None:
 def test_what_is_no_file_of_ours_is_left_alone(tmp_path: Path) -> None:
     """A directory, a link to somewhere, a pipe; and what somebody else has put there meanwhile."""
     path = tmp_path / "iohang.prom"
-    for make, number in ((path.mkdir, errno.EEXIST), (lambda: path.symlink_to("/etc/passwd"), errno.ELOOP)):
+    for make, number in ((path.mkdir, errno.EEXIST), (lambda: path.symlink_to("/etc/passwd"), errno.EEXIST)):
         make()
         with pytest.raises(OSError, match=rf"^\[Errno {number}\]"):
             Exposition(lambda: PAGE, path).bind()
