@@ -52,11 +52,19 @@ class Terminal:
         return "\n".join(line.rstrip() for line in self._screen.display)
 
     def wait_for(self, *words: str) -> str:
+        """The screen that has all of *words*. A frame may be half drawn: of two looks the second one may have less."""
+        screen = ""
+
+        def has_all() -> bool:
+            nonlocal screen
+            screen = self.text()
+            return all(word in screen for word in words)
+
         try:
-            wait_until(lambda: all(word in self.text() for word in words), 60)
+            wait_until(has_all, 60)
         except AssertionError:
             raise AssertionError(f"{words} are not on the screen, after 60 s; there is:\n{self.text()}") from None
-        return self.text()
+        return screen
 
     def now(self) -> list[Any]:
         """Its state; see termios(3)."""

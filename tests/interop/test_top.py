@@ -66,6 +66,12 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site.close()
 
 
+def line_of(screen: str, first: str) -> list[str]:
+    """The words of the line that begins with *first*."""
+    (line,) = (line for line in screen.splitlines() if line.startswith(first))
+    return line.split()
+
+
 def test_an_outage_on_the_screen(site: Site) -> None:
     """One row per image that hangs or has had trouble; q quits, and the terminal is as it was."""
     with Terminal(*CTL, "-s", site.socket, "top", "-d", "200ms") as terminal:
@@ -73,14 +79,14 @@ def test_an_outage_on_the_screen(site: Site) -> None:
         site.flaky.fail("data a.img errno=EIO")
         consumer = site.read()
         screen = terminal.wait_for("a.img", "hanging", "EIO", "1 hanging, 0 timed out")
-        assert screen.splitlines()[1].split() == [
+        assert line_of(screen, "IMAGE") == [
             "IMAGE", "STATE", "HELD", "OLDEST", "GIVEN", "UP", "IN", "ERROR", "ATTEMPTS", "RETRY", "IN", "BYTES", "SINCE",
         ]  # fmt: skip
         assert "b.img" not in screen
         site.flaky.heal()
         consumer.join(60)
         screen = terminal.wait_for("over at ", "0 requests held")
-        assert screen.splitlines()[2].split()[:2] in (["a.img", "healthy"], ["a.img", "closed"])
+        assert line_of(screen, "a.img")[:2] in (["a.img", "healthy"], ["a.img", "closed"])
         terminal.press(b"q")
         assert terminal.end() == 0
         assert ALTERNATE_SCREEN in terminal.output
