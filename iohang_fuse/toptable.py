@@ -44,7 +44,8 @@ class Seen:
         self.name = status["mountpoint"]
         self.status, self.images, self.gone = status, images, ""
         for image in images:
-            if image["state"] != "healthy":
+            # An answer may be older than the event of the end, which has come before it.
+            if image["state"] != "healthy" and image["image"] not in self.past:
                 self._remember(image["image"], "over")
 
     def lost(self, why: str) -> None:

@@ -106,6 +106,17 @@ def test_an_image_that_was_seen_hanging_keeps_its_row() -> None:
     assert [cells(row)["SINCE"] for row in toptable.rows([mount])] == ["over"]
 
 
+def test_an_answer_that_is_older_than_the_end_does_not_hide_it() -> None:
+    """The answer was on its way when the hang ended, whose event came first."""
+    mount = seen(image("a.img", "hanging"))
+    mount.heard(event("a.img", on=True))
+    mount.heard(event("a.img", on=False))
+    ended = mount.past["a.img"]
+    assert ended.startswith("over at ")
+    mount.answered({**mount.status} if mount.status else {}, [image("a.img", "hanging")])
+    assert mount.past["a.img"] == ended
+
+
 def test_what_is_remembered_is_bounded() -> None:
     """A host with thousands of images must not fill the memory in a week."""
     mount = seen()

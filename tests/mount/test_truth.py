@@ -269,7 +269,7 @@ def test_the_write_log_is_bounded(site: Site) -> None:
             written.append(block)
 
     done = in_background(writer)
-    wait_until(lambda: "fsync failed" in mount.log_text(), what="the server's own sync to be held")
+    wait_until(lambda: "the server's own sync failed" in mount.log_text(), what="the server's own sync to be held")
     wait_until(lambda: len(written) >= 241, what="the log to be full")  # 256 bytes for each write beside its data
     time.sleep(1)
     assert len(written) == 241
