@@ -68,10 +68,10 @@ def parse_mountinfo(text: str) -> list[Mounted]:
         separator = fields.index("-")
         table.append(
             Mounted(
-                mountpoint=_unescape(fields[4]),
+                mountpoint=unescape(fields[4]),
                 device_minor=int(fields[2].partition(":")[2]),
                 fstype=fields[separator + 1],
-                source=_unescape(fields[separator + 2]),
+                source=unescape(fields[separator + 2]),
                 options=(*fields[5].split(","), *fields[separator + 3].split(",")),
                 mount_id=int(fields[0]),
             )
@@ -86,8 +86,8 @@ def parse_fstab(text: str) -> list[Planned]:
         fields = line.split()
         if len(fields) >= 3 and not fields[0].startswith("#") and fields[1] not in _NO_MOUNT_POINT:
             options = tuple(fields[3].split(",")) if len(fields) > 3 else ()
-            where = posixpath.normpath(_unescape(fields[1]))
-            planned.append(Planned(_unescape(fields[0]), where, fields[2], options))
+            where = posixpath.normpath(unescape(fields[1]))
+            planned.append(Planned(unescape(fields[0]), where, fields[2], options))
     return planned
 
 
@@ -121,7 +121,8 @@ def lies_in(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _unescape(field: str) -> str:
+def unescape(field: str) -> str:
+    """A name as it stands in the kernel's tables and in fstab(5)."""
     for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
         field = field.replace(code, character)
     return field

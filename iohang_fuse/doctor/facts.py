@@ -101,3 +101,5 @@ class Facts:
     qemus: tuple[Qemu, ...] = ()
     refusal: str | None = None
     """Before a mount is made: why it would be refused."""
+    lease_s: float | None = None
+    """Of the NFS 4 server beneath SOURCE."""

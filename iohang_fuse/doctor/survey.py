@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from iohang_fuse import bounded, limits, presence
 from iohang_fuse.config import Config, ConfigError, load
-from iohang_fuse.doctor import qemu
+from iohang_fuse.doctor import nfs, qemu
 from iohang_fuse.doctor.facts import Facts, Host, Limit, Served, Settings
 from iohang_fuse.messages import errno_name
 from iohang_fuse.mounttable import OUR_TYPE, OUR_TYPES, holding, parse_mount_id, parse_mountinfo
@@ -34,12 +34,13 @@ def before_mount(config: Config, refusal: Callable[[], str | None]) -> Facts:
     sight = presence.sight(str(config.source))
     settings = settings_of(config)
     monitor = config.monitor_path
+    table = tuple(presence.mount_table())
     return Facts(
         source=str(config.source),
         mountpoint=str(config.mountpoint),
         settings=settings,
         sight=sight,
-        table=tuple(presence.mount_table()),
+        table=table,
         planned=tuple(presence.planned_mounts()),
         limits=_limits(settings, limits.read_system().open_files),
         host=read_host(will_raise_pipes=os.geteuid() == 0),
@@ -47,6 +48,7 @@ def before_mount(config: Config, refusal: Callable[[], str | None]) -> Facts:
         monitor_taken=monitor is not None and monitor.exists() and listens(monitor),
         qemus=qemus(str(config.mountpoint)),
         refusal=refusal() if sight.problem is None else None,
+        lease_s=_lease_s(holding(sight.path, table)),
     )
 
 
@@ -61,12 +63,13 @@ def of_mount(
     pid = None if status is None else status["pid"]
     sight = presence.sight(mounted.source)
     serves, lies_on = _what_it_serves(pid, sight.path)
+    table = tuple(presence.mount_table())
     return Facts(
         source=mounted.source,
         mountpoint=mounted.mountpoint,
         settings=settings,
         sight=sight,
-        table=tuple(presence.mount_table()),
+        table=table,
         planned=tuple(presence.planned_mounts()),
         limits=_limits(settings, _open_files(pid)),
         host=read_host(will_raise_pipes=False),
@@ -84,6 +87,7 @@ def of_mount(
         ),
         monitor=str(monitor),
         qemus=qemus(mounted.mountpoint),
+        lease_s=_lease_s(holding(sight.path, table)),
     )
 
 
@@ -226,6 +230,17 @@ def _leads_to(link: Path, path: str) -> bool:
         return os.readlink(link) == path
     except OSError:  # closed meanwhile
         return False
+
+
+def _lease_s(below: Mounted | None) -> float | None:
+    """The file is the kernel's own and asks no server."""
+    if below is None or below.fstype not in nfs.TYPES:
+        return None
+    try:
+        mountstats = Path("/proc/self/mountstats").read_text(errors="surrogateescape")
+    except OSError:
+        return None
+    return nfs.parse_lease_s(mountstats, below.mountpoint)
 
 
 def _limits(settings: Settings, open_files: int) -> tuple[Limit, ...]:

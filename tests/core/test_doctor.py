@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from iohang_fuse.doctor import findings
+from iohang_fuse.doctor import findings, nfs
 from iohang_fuse.doctor.examination import examine, longest_wait_s
 from iohang_fuse.doctor.facts import Facts, Host, Limit, Served, Settings
 from iohang_fuse.doctor.findings import Finding, Level
@@ -66,6 +66,7 @@ def test_a_mount_that_is_fine_has_nothing_worse_than_advice() -> None:
 
 
 NFS4_DEFAULTS = ("rw", "vers=4.2", "soft", "proto=tcp", "timeo=600", "retrans=2")
+SHORT4 = ("rw", "vers=4.2", "soft", "proto=tcp", "timeo=50", "retrans=2")
 NOT_MOUNTED = {"table": (ROOT,), "sight": Sight("/srv/nfs/vm", empty=True, on_root=True)}
 EMPTY_ON_ROOT = {"table": (ROOT,), "planned": (), "sight": Sight("/srv/nfs/vm", empty=True, on_root=True)}
 LOCAL = {"table": (ROOT,), "planned": (), "sight": Sight("/srv/nfs/vm", empty=False, on_root=True)}
@@ -112,11 +113,17 @@ CASES: list[tuple[Facts, str, Level, str, str]] = [
               settings__fsync_timeout_s=600),
         "nfs",
         OK,
-        "about 4 min 30 s (NFS 4 first tries for a lease to get its session back), each later one after 3 min 0 s",
+        "first error comes after about 3 min 0 s",
         "",
     ),
-    (with_(table=(ROOT, nfs_mount(*NFS4_DEFAULTS))), "nfs", WARNING, "first error comes after about 4 min 30 s",
-     "-o timeout=510 or more"),
+    (with_(table=(ROOT, nfs_mount(*NFS4_DEFAULTS))), "nfs", WARNING, "first error comes after about 3 min 0 s",
+     "-o timeout=420 or more; or mount /srv/nfs with soft,timeo=50,retrans=2, from a server with lease-time=15"),
+    (with_(table=(ROOT, nfs_mount(*SHORT4))), "nfs", WARNING,
+     "(an NFS 4 call does not fail while TCP holds the connection, 1 min 30 s for a lease of 1 min 30 s), each later one after 15",
+     "lease-time=15 in its /etc/nfs.conf"),
+    (with_(table=(ROOT, nfs_mount(*SHORT4)), lease_s=15), "nfs", OK, "about 30 s (an NFS 4 call does not", ""),
+    (with_(table=(ROOT, nfs_mount(*SHORT4)), settings__read_timeout_s=5, lease_s=15), "nfs", WARNING, "about 30 s",
+     "-o timeout=105 or more"),
     (with_(table=(ROOT, nfs_mount("vers=3", "soft", "timeo=600"))), "nfs", WARNING, "about 3 min 0 s", "soft,timeo=50,retrans=2"),
     (with_(table=(ROOT, nfs_mount("vers=3", "hard", "timeo=600"))), "nfs", WARNING, "NFS 3, hard", "mount /srv/nfs with soft"),
     (
@@ -258,6 +265,46 @@ def test_a_refusal_that_is_known_already_is_not_said_twice() -> None:
 def test_the_longest_wait(options: tuple[str, ...], wait_s: float) -> None:
     """P1: "Bound: timeout + at most one attempt", and what passes before the first failure is noticed."""
     assert longest_wait_s(with_(table=(ROOT, nfs_mount(*options)))) == wait_s
+
+
+@pytest.mark.parametrize(
+    ("options", "lease_s", "error_s", "first_error_s"),
+    [
+        ("vers=3,soft,timeo=10,retrans=1", None, 2, 2),  # seen
+        ("vers=4.2,soft,timeo=10,retrans=1", None, 2, 92),  # seen
+        ("vers=4.2,softerr,timeo=50,retrans=2", None, 15, 105),
+        ("vers=4.2,soft,timeo=100,retrans=1", 90, 20, 100),
+        ("vers=4.2,soft,timeo=600,retrans=2", 90, 180, 180),
+        ("vers=4.2,soft,timeo=6000,retrans=9", 90, 600, 600),
+        ("vers=4.2,soft,timeo=10,retrans=1", 15, 2, 20),
+        ("vers=4.2,soft,timeo=10,retrans=1", 10, 2, 20),
+        ("vers=4.2,soft,timeo=10,retrans=1", 31, 2, 34),  # three tries of 11 s
+        ("vers=4.2,soft,timeo=10,retrans=1", 3600, 2, 182),
+        ("vers=4.2,hard,timeo=10,retrans=1", 15, math.inf, math.inf),
+        ("vers=4.2,soft,timeo=0,retrans=0", 90, 60, 120),  # the kernel takes its default for 0
+    ],
+)
+def test_when_an_nfs_mount_gives_its_first_error(
+    options: str, lease_s: float | None, error_s: float, first_error_s: float
+) -> None:
+    """An NFS 4 call that was sent fails at its first `timeo` x (`retrans` + 1) after TCP has given its connection up."""
+    found = nfs.parse(options.split(","), lease_s)
+    assert (found.error_s, found.first_error_s) == (error_s, first_error_s)
+
+
+def test_the_lease_of_the_mount_that_lies_on_top() -> None:
+    """As the client knows it, of the right mount; a mount without a lease says none."""
+    stats = "".join(
+        f"device {device} mounted on {where} with fstype {fstype}\n\topts:\trw\n\tnfsv4:\tbm0=0x1,sessions{lease}\n"
+        for device, where, fstype, lease in [
+            ("/dev/vda", "/", "ext4", ""),
+            ("server:/vm", r"/srv/my\040vms", "nfs4 statvers=1.1", ",lease_time=90,lease_expired=0"),
+            ("server:/vm", r"/srv/my\040vms", "nfs4 statvers=1.1", ",lease_time=15,lease_expired=0"),
+            ("server:/v3", "/srv/v3", "nfs statvers=1.1", ""),
+        ]
+    )
+    asked = ["/srv/my vms", "/srv/v3", "/", "/srv"]
+    assert [nfs.parse_lease_s(stats, each) for each in asked] == [15, None, None, None]
 
 
 # ---- QEMU

@@ -101,7 +101,7 @@ def test_paths_lie_in_folders_by_whole_names() -> None:
     ],
 )
 def test_when_nfs_gives_its_first_error(options: str, error: str | None, error_s: float, first_s: float) -> None:
-    """nfs(5): TCP's linear backoff, `retrans` times after the first `timeo`; NFS 4 tries for a lease before the first."""
+    """nfs(5): TCP's linear backoff, `retrans` times after the first `timeo`; NFS 4's first one waits for TCP."""
     found = nfs.parse(options.split(","))
     assert (found.error, found.error_s, found.first_error_s) == (error, pytest.approx(error_s), pytest.approx(first_s))
 
