@@ -1,0 +1,244 @@
+"""Inside the Debian guest: a real NFS server, and client hosts that mount it, each in a network namespace of its own.
+
+1. The server is Debian's nfs-server.service, at 10.77.0.1 on a bridge. Its export is ext4 on a disk that device-mapper can take away.
+2. Each client host has its own address, connections, lease and open state, as hosts have; all see what is mounted.
+3. What takes part in an outage is the real thing: nftables, netem, systemctl, exportfs, device-mapper. Nothing is simulated.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SERVER = "10.77.0.1"
+NETWORK = "10.77.0.0/24"
+DISK = "/dev/vdc"
+EXPORT = Path("/export/vm")
+SQUASHED = Path("/export/squashed")
+"""The same with root_squash, which is the default of exports(5)."""
+
+_EXPORTS = Path("/etc/exports")
+_OPTIONS = "no_subtree_check,sync"
+
+_DROP = """\
+table inet outage {
+  chain incoming {
+    type filter hook input priority 0;
+    tcp dport 2049 drop
+  }
+  chain outgoing {
+    type filter hook output priority 0;
+    tcp sport 2049 drop
+  }
+}
+"""
+"""At the server, both ways: nobody gets so much as a reset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A way to mount: what nfs(5) says of it, and where it is on this machine."""
+
+    name: str
+    options: str
+    host: int
+    export: Path = EXPORT
+
+    @property
+    def bare(self) -> Path:
+        """The NFS mount itself."""
+        return Path(f"/srv/{self.name}")
+
+    @property
+    def iohang(self) -> Path:
+        """iohang-fuse on it."""
+        return Path(f"/mnt/{self.name}")
+
+
+# Two seconds for a call, so that an outage of some seconds gives errors at all.
+QUICK = "timeo=10,retrans=1"
+
+KINDS = (
+    Kind("v3-soft", f"vers=3,soft,{QUICK},nolock", 11),
+    Kind("v3-softerr", f"vers=3,softerr,{QUICK},nolock", 12),
+    Kind("v3-hard", f"vers=3,hard,{QUICK},nolock", 13),
+    Kind("v4.2-soft", f"vers=4.2,soft,{QUICK}", 14),
+    Kind("v4.2-softerr", f"vers=4.2,softerr,{QUICK}", 15),
+    Kind("v4.2-hard", f"vers=4.2,hard,{QUICK}", 16),
+)
+
+
+def run(*command: str | Path, text: str | None = None) -> str:
+    """The output of a command that succeeds; raises RuntimeError with its words if it does not."""
+    done = subprocess.run([str(word) for word in command], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"{' '.join(map(str, command))}: exit code {done.returncode}: {done.stderr.strip() or done.stdout}"
+        )
+    return done.stdout
+
+
+# ---- the server
+
+
+def start_server(lease_s: int) -> None:
+    """Serve the exports; grace period and lease are *lease_s*, by the server's default 90 s."""
+    if not Path("/dev/mapper/export").exists():
+        run("dmsetup", "create", "export", text=_table("linear"))
+        run("mke2fs", "-q", "-t", "ext4", "/dev/mapper/export")
+        EXPORT.parent.mkdir(exist_ok=True)
+        run("mount", "/dev/mapper/export", EXPORT.parent)
+        for directory in (EXPORT, SQUASHED):
+            directory.mkdir()
+            directory.chmod(0o777)
+        export("rw")
+    Path("/etc/nfs.conf.d").mkdir(exist_ok=True)
+    Path("/etc/nfs.conf.d/times.conf").write_text(f"[nfsd]\nlease-time={lease_s}\ngrace-time={lease_s}\nthreads=8\n")
+    run("systemctl", "restart", "nfs-server")
+
+
+def _table(target: str) -> str:
+    size = run("blockdev", "--getsz", DISK).strip()
+    return f"0 {size} linear {DISK} 0\n" if target == "linear" else f"0 {size} error\n"
+
+
+def export(mode: str) -> None:
+    """`rw`, `ro`, or `none`: no longer exported, so that its handles are stale."""
+    squash = "" if mode == "none" else f"{SQUASHED} {NETWORK}(rw,root_squash,{_OPTIONS})\n"
+    whole = "" if mode == "none" else f"{EXPORT} {NETWORK}({mode},no_root_squash,{_OPTIONS})\n"
+    _EXPORTS.write_text(whole + squash)
+    if Path("/proc/fs/nfsd/threads").exists() and Path("/proc/fs/nfsd/threads").read_text().strip() != "0":
+        run("exportfs", "-ra")
+        run("exportfs", "-f")  # the kernel asks anew
+
+
+def cut_power() -> None:
+    """What the server has not written to its disk is lost, and so are its clients' states. Nobody hears of it."""
+    drop()
+    run("systemctl", "stop", "nfs-server")
+    _turn("error")
+    run("umount", EXPORT.parent)
+
+
+def return_power() -> None:
+    """The file system's journal is replayed, and the server starts."""
+    _turn("linear")
+    run("mount", "/dev/mapper/export", EXPORT.parent)
+    run("systemctl", "start", "nfs-server")
+    restore()
+
+
+def _turn(target: str) -> None:
+    run("dmsetup", "reload", "export", text=_table(target))
+    run("dmsetup", "suspend", "--nolockfs", "export")  # a flush beforehand would fail
+    run("dmsetup", "resume", "export")
+
+
+def expire_clients() -> None:
+    """What a lease's end does, when another client wants a lock: the server forgets what its clients have open."""
+    for client in Path("/proc/fs/nfsd/clients").iterdir():
+        (client / "ctl").write_text("expire\n")
+
+
+def fill_disk() -> None:
+    """Until nothing more fits, for root neither."""
+    with (EXPORT / "filler").open("wb", buffering=0) as filler:
+        chunk = bytes(1 << 20)
+        while chunk:
+            try:
+                filler.write(chunk)
+            except OSError:
+                chunk = chunk[: len(chunk) // 2 // 4096 * 4096]
+
+
+def empty_disk() -> None:
+    """Make room again."""
+    (EXPORT / "filler").unlink()
+
+
+# ---- the network
+
+
+def make_network() -> None:
+    """The bridge that the server is at."""
+    if Path("/sys/class/net/br0").exists():
+        return
+    run("ip", "link", "add", "br0", "type", "bridge")
+    run("ip", "addr", "add", f"{SERVER}/24", "dev", "br0")
+    run("ip", "link", "set", "br0", "up")
+
+
+def add_host(number: int) -> None:
+    """A client host: a network namespace with an address, and a name of its own for NFS 4."""
+    name = f"host{number}"
+    if Path(f"/run/netns/{name}").exists():
+        return
+    run("ip", "netns", "add", name)
+    run("ip", "link", "add", f"v{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+    run("ip", "link", "set", f"v{number}", "master", "br0", "up")
+    run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+    run("ip", "-n", name, "link", "set", "eth0", "up")
+    run("modprobe", "nfs")
+    # Without it all namespaces are one client to the server, and take each other's state away.
+    run("ip", "netns", "exec", name, "sh", "-c", f"echo {name} > /sys/fs/nfs/net/nfs_client/identifier")
+
+
+def drop() -> None:
+    """No packet of NFS gets through."""
+    run("nft", "-f", "-", text=_DROP)
+
+
+def restore() -> None:
+    """All packets do."""
+    run("nft", "delete", "table", "inet", "outage")
+
+
+def impair(*netem: str) -> None:
+    """tc-netem(8)'s words, both ways, for all hosts; none ends it."""
+    for namespace in sorted(Path("/run/netns").iterdir()):
+        number = namespace.name.removeprefix("host")
+        for where in (["tc", "-n", namespace.name], "eth0"), (["tc"], f"v{number}"):
+            command, device = where
+            if netem:
+                run(*command, "qdisc", "replace", "dev", device, "root", "netem", *netem)
+            else:
+                run(*command, "qdisc", "del", "dev", device, "root")
+
+
+# ---- the mounts
+
+
+def mount(kind: Kind) -> None:
+    """The NFS mount, made by its host."""
+    add_host(kind.host)
+    kind.bare.mkdir(parents=True, exist_ok=True)
+    run(*_at(kind), "mount", "-t", "nfs", "-o", f"proto=tcp,{kind.options}", f"{SERVER}:{kind.export}", kind.bare)
+
+
+def mount_iohang(kind: Kind, options: str) -> None:
+    """iohang-fuse on it."""
+    kind.iohang.mkdir(parents=True, exist_ok=True)
+    log = f"log=/var/log/iohang-{kind.name}.log"
+    run(*_at(kind), "iohang-mount", kind.bare, kind.iohang, "-o", f"{log},{options}")
+
+
+def _at(kind: Kind) -> tuple[str, ...]:
+    """In the network of its host; all see its mounts."""
+    return ("nsenter", f"--net=/run/netns/host{kind.host}")
+
+
+def unmount(kind: Kind) -> None:
+    """Both."""
+    run("umount", kind.iohang)
+    deadline_s = time.monotonic() + 60
+    while True:  # the server closes its descriptors a moment later
+        try:
+            run("umount", kind.bare)
+        except RuntimeError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.2)
+        else:
+            return
