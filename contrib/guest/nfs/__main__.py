@@ -17,51 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from contrib.guest.debian.guest import DebianGuest, build
 from contrib.guest.kernel import GuestUnavailableError
 from contrib.guest.nfs import report
+from contrib.guest.nfs.guest import Guest
 from contrib.guest.nfs.outages import LEASE_S, OUTAGES, by_name
 from contrib.guest.nfs.scene import INTERVAL_S
-
-PACKAGES = (
-    "nfs-kernel-server",
-    "nfs-common",
-    "nftables",  # drops packets
-    "iproute2",  # client hosts, and netem
-    "fio",  # a consumer, and what measures
-    "qemu-utils",  # qemu-io, a consumer
-    "procps",
-    "iputils-ping",
-    "tcpdump",  # to see for oneself
-)
-"""What the guest has beside those of every Debian guest."""
-
-_MEMORY_MIB = 2048
-_EXPORT_BYTES = 1 << 30
-_SCENE_LIMIT_S = 600
-
-
-class Guest:
-    """The guest, with its server's disk, and the lease that its server has."""
-
-    def __init__(self, folder: Path) -> None:
-        disk = folder / "export.img"
-        with disk.open("wb") as file:
-            file.truncate(_EXPORT_BYTES)
-        self.debian = DebianGuest(build(extra=PACKAGES), folder, disks=[disk], memory_mib=_MEMORY_MIB)
-        self._lease_s = 0
-
-    def play(self, name: str) -> dict[str, object]:
-        """One outage; what was seen. Raises RuntimeError with the scene's words if it could not be played."""
-        outage = by_name(name)
-        if outage.lease_s != self._lease_s:
-            self._python("setting", str(outage.lease_s))
-            self._lease_s = outage.lease_s
-        seen: dict[str, object] = json.loads(self._python("scene", name))
-        return seen
-
-    def _python(self, module: str, *arguments: str) -> str:
-        return self.debian.run("python3", "-m", f"contrib.guest.nfs.{module}", *arguments, timeout_s=_SCENE_LIMIT_S)
 
 
 def main() -> int:
@@ -92,7 +52,7 @@ def _play(names: list[str], docs: Path | None) -> int:
             kernel = debian.run("uname", "-r").strip()
             for number, name in enumerate(names, 1):
                 _say(f"outage {number} of {len(names)}: {name}")
-                scene = guest.play(name)
+                scene = guest.outage(name)
                 scenes.append(scene)
                 problems += report.problems(scene, errors_pass=by_name(name).errors_pass)
                 print("\n".join(report.lines(scene)), flush=True)

@@ -217,25 +217,26 @@ def impair(*netem: str) -> None:
 
 def mount(kind: Kind) -> None:
     """Both NFS mounts, each made by its host."""
-    for host, directory in ((kind.host, kind.bare), (_other(kind.host), kind.source)):
+    for host, directory in ((kind.host, kind.bare), (other(kind.host), kind.source)):
         add_host(host)
         directory.mkdir(parents=True, exist_ok=True)
-        run(*_at(host), "mount", "-t", "nfs", "-o", f"proto=tcp,{kind.options}", f"{SERVER}:{kind.export}", directory)
+        run(*at(host), "mount", "-t", "nfs", "-o", f"proto=tcp,{kind.options}", f"{SERVER}:{kind.export}", directory)
 
 
 def mount_iohang(kind: Kind, options: str) -> None:
     """iohang-fuse on its own."""
     kind.iohang.mkdir(parents=True, exist_ok=True)
     log = f"log=/var/log/iohang-{kind.name}.log"
-    run(*_at(_other(kind.host)), "iohang-mount", kind.source, kind.iohang, "-o", f"{log},{options}")
+    run(*at(other(kind.host)), "iohang-mount", kind.source, kind.iohang, "-o", f"{log},{options}")
 
 
-def _at(host: int) -> tuple[str, ...]:
+def at(host: int) -> tuple[str, ...]:
     """In the network of a host; all see its mounts."""
     return ("nsenter", f"--net=/run/netns/host{host}")
 
 
-def _other(host: int) -> int:
+def other(host: int) -> int:
+    """The host of the mount that iohang-fuse is on."""
     return host + 100
 
 
