@@ -77,6 +77,8 @@ def test_what_is_where(root: Path) -> None:
     """Issue 5: "an `install` step for symlinks to /usr/sbin and /sbin"; nothing in DESTDIR knows of DESTDIR."""
     found = outside(root)
     assert {path for path in found if "/man/" not in path} == LINKS | {UNIT}
+    pages = {path for path in found if path.startswith("usr/local/share/man/man8/")}
+    assert {Path(path).name for path in pages} == {f"{Path(program).name}.8" for program in LINKS}
     for path in LINKS:
         assert os.readlink(root / path) == f"{PREFIX}/venv/bin/{Path(path).name}"
     venv = root / os.readlink(root / PREFIX[1:] / "venv")[1:]
