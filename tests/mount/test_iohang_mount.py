@@ -210,6 +210,42 @@ def test_signals_unmount(paths: tuple[Path, Path], tmp_path: Path, signal_number
         assert mounted_at(mountpoint) == []
 
 
+def session_of(leader: int) -> list[int]:
+    """The processes of *leader*'s session."""
+    told = subprocess.run(["pgrep", "-s", str(leader)], capture_output=True, text=True, check=False).stdout
+    return [int(pid) for pid in told.split()]
+
+
+@pytest.mark.parametrize(
+    ("rule", "more"), [("* * hang", ""), ("statfs * hang", "; if it does by now, unmount it")], ids=["parent", "server"]
+)
+def test_ctrl_c_before_it_serves(paths: tuple[Path, Path], tmp_path: Path, rule: str, more: str) -> None:
+    """iohang-mount(8): "8: Interrupted (Ctrl-C) before it served", where SOURCE hangs for the parent, or the server; one line."""
+    source, mountpoint = paths
+    (tmp_path / "flaky").mkdir()
+    with FlakySource(source, tmp_path / "flaky", tmp_path / "trigger", tmp_path / "flaky.log") as flaky:
+        flaky.fail(rule)
+        command = [sys.executable, "-m", "iohang_fuse.cli", tmp_path / "flaky", mountpoint, "-o"]
+        command.append(f"monitor=none,log={tmp_path}/log")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as start:
+            try:
+                wait_until(
+                    lambda: any(
+                        Path(f"/proc/{pid}/wchan").read_text() == "request_wait_answer" for pid in session_of(start.pid)
+                    ),
+                    60,
+                    "a process that hangs in SOURCE",
+                )
+                os.killpg(start.pid, signal.SIGINT)  # as a terminal does
+            finally:
+                flaky.heal()  # what hangs heeds no signal but SIGKILL
+            assert start.wait(60) == 8
+            assert start.stderr is not None
+            assert start.stderr.read() == f"iohang-mount: interrupted before the mount served{more}\n"
+            wait_until(lambda: session_of(start.pid) == [], 60, "the server to end, too")
+    assert mounted_at(mountpoint) == []
+
+
 def test_busy_mount_says_who(paths: tuple[Path, Path], tmp_path: Path) -> None:
     """SIGTERM while the mount is busy: it keeps serving and says who holds it; once free, it unmounts."""
     source, mountpoint = paths
