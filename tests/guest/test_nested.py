@@ -47,6 +47,8 @@ ExecStart=/usr/bin/qemu-system-x86_64 -accel tcg,tb-size=64 -m 128 -nodefaults -
     -drive file=/mnt/iohang/shared.img,format=raw,if=none,id=disk,cache=none,aio=threads -device virtio-blk-pci,drive=disk \\
     -chardev stdio,id=console,signal=off -serial chardev:console \\
     -chardev pipe,id=records,path={RECORDS_PORT} -serial chardev:records
+# The inner guest goes on meanwhile; long enough to be overtaken by what does not wait for it.
+ExecStop=/usr/bin/sleep 3
 """
 
 
