@@ -112,8 +112,11 @@ def _table(target: str) -> str:
 
 
 def export(mode: str) -> None:
-    """`rw`, `ro`, or `none`: no longer exported, so that its handles are stale."""
-    squash = "" if mode == "none" else f"{SQUASHED} {NETWORK}(rw,root_squash,{_OPTIONS})\n"
+    """`rw`, `ro`, or `none`: no longer exported, so that its handles are stale.
+
+    A client that nothing is exported to any more gets EACCES; these still have the other one.
+    """
+    squash = f"{SQUASHED} {NETWORK}(rw,root_squash,{_OPTIONS})\n"
     whole = "" if mode == "none" else f"{EXPORT} {NETWORK}({mode},no_root_squash,{_OPTIONS})\n"
     _EXPORTS.write_text(whole + squash)
     if Path("/proc/fs/nfsd/threads").exists() and Path("/proc/fs/nfsd/threads").read_text().strip() != "0":
