@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def play(kind: site.Kind, way: str) -> dict[str, Any]:
     left = max(waiting, key=lambda port: waiting[port], default=0)
     _drop(host, left)
     rewritten_s = _rewrite(writer)
-    _restore()
+    _restore(host)
     time.sleep(_LANDS_S)
     os.close(writer.fd)
     data = image.read_bytes()
@@ -124,12 +125,12 @@ def _drop(host: int, port: int | None) -> None:
     """Nothing of *host* gets through; or only its connection from *port* is cut off."""
     source = f"ip saddr 10.77.0.{host} tcp dport 2049"
     rule = f"{source} drop" if port is None else f"{source} tcp sport {port} drop"
-    table = f"table inet late {{\n chain in {{\n type filter hook input priority 0;\n {rule}\n }}\n}}\n"
-    site.run("nft", "-f", "-", text=f"table inet late\ndelete table inet late\n{table}")
+    table = f"table inet late{host} {{\n chain in {{\n type filter hook input priority 0;\n {rule}\n }}\n}}\n"
+    site.run("nft", "-f", "-", text=f"table inet late{host}\ndelete table inet late{host}\n{table}")
 
 
-def _restore() -> None:
-    site.run("nft", "delete", "table", "inet", "late")
+def _restore(host: int) -> None:
+    site.run("nft", "delete", "table", "inet", f"late{host}")
 
 
 def main() -> None:
@@ -137,14 +138,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iohang", default=IOHANG, help="its options")
     options = parser.parse_args().iohang
-    seen = []
     for kind in KINDS:
         site.mount(kind)
         site.mount_iohang(kind, options)
-    for kind in KINDS:
-        for way in ("bare", "iohang"):
-            print(f"late: {kind.name}, {way}", file=sys.stderr, flush=True)
-            seen.append(play(kind, way))
+    stories = [(kind, way) for kind in KINDS for way in ("bare", "iohang")]
+    with ThreadPoolExecutor(len(stories)) as pool:
+        seen = list(pool.map(lambda story: play(*story), stories))
     for kind in KINDS:
         site.unmount(kind)
     json.dump(seen, sys.stdout)
