@@ -75,6 +75,8 @@ class Image:
         self.no_witness = False  # it could not be had
         self._stat: os.stat_result | None = None
         self.size = 0  # as it is since those attributes were read, by what has been written and cut
+        self.questions: set[trio.Event] = set()  # of those who wait for SOURCE's word on attributes: see questions.py
+        self.unanswered = 0  # of which nobody waits for the word any more, and it has not come
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
@@ -105,6 +107,11 @@ class Image:
     def remembered(self) -> tuple[os.stat_result, int] | None:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
         return None if self._stat is None else (self._stat, self.size)
+
+    @property
+    def speaks_from_memory(self) -> bool:
+        """Whether SOURCE is not to be asked for attributes: it would not answer, and memory can."""
+        return self._stat is not None and (self.held.sick or self.unanswered > 0)
 
     def open_witness(self, writer: Backing, transient: frozenset[int]) -> None:
         """Open the witness, if it can be had. In a thread, by one writer at a time, before anything is written.
@@ -822,6 +829,8 @@ class Requests:
             if image.timer is None:
                 image.timer = trio.CancelScope()
                 self._nursery.start_soon(self._keep_time, image, image.timer, name=f"timer of {image.held.image}")
+                for asked in image.questions:
+                    asked.set()
             image.timer.deadline = image.held.next_tick_s
         elif image.timer is not None:
             image.timer.cancel()
