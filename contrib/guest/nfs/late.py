@@ -37,7 +37,7 @@ KINDS = (
 
 IOHANG = "timeout=3,interval=1"
 
-_BLOCKS = 16
+_BLOCKS = 6
 _LANDS_S = 45
 """A connection that was cut off for 20 s or so sends again within that time (the kernel doubles its pauses)."""
 _LIMIT_S = 120
@@ -168,7 +168,7 @@ def main() -> None:
     stories = [(kind, way) for kind in KINDS for way in ("bare", "iohang")]
     writers = [begin(*story) for story in stories]  # they fork; no thread is there yet
     with ThreadPoolExecutor(len(stories)) as pool:
-        seen = list(pool.map(lambda story, writer: play(*story, writer), stories, writers))
+        seen = list(pool.map(lambda story, writer: play(story[0], story[1], writer), stories, writers))
     for kind in KINDS:
         site.unmount(kind)
     json.dump(seen, sys.stdout)
