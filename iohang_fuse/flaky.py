@@ -571,7 +571,7 @@ async def _serve(
         async with trio.open_nursery() as nursery:
             filesystem.nursery = nursery
             nursery.start_soon(filesystem.serve)
-            nursery.start_soon(requests.engine.serve)
+            nursery.start_soon(requests.serve, nursery)
             nursery.start_soon(_unmount_at_signal, mountpoint, nursery.cancel_scope)
             nursery.start_soon(_announce, mountpoint, f"{directory} is served at {mountpoint}", trigger, seed)
             await receiver.main()
