@@ -47,6 +47,7 @@ class Writer:
     """The consumer of one image, in a process of its own: one that has it open must not fork and exec (scene.Hand says why)."""
 
     def __init__(self, image: Path) -> None:
+        self.image = image
         self._ours, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("fork").Process(target=_serve, args=(theirs, image), daemon=True)
         self._process.start()
@@ -105,9 +106,13 @@ def play(kind: site.Kind, way: str, writer: Writer) -> dict[str, Any]:
     failed = writer.write("X", everything)
     failed_s = time.monotonic() - began_s
     waiting = _unsent(host)
-    _drop(host, max(waiting, key=lambda port: waiting[port], default=0))
+    if len(waiting) > 1:
+        _drop(host, max(waiting, key=lambda port: waiting[port]))
+    else:
+        _restore(host)  # it waits in the only one there is
     rewritten_s = _rewrite(writer, failed)
-    _restore(host)
+    if len(waiting) > 1:
+        _restore(host)
     time.sleep(_LANDS_S)
     writer.close()
     data = (kind.export / _image(kind, way)).read_bytes()
@@ -130,7 +135,7 @@ def _rewrite(writer: Writer, failed: set[int]) -> float:
     left = failed
     while left := writer.write("Y", sorted(left)):
         if time.monotonic() > began_s + _LIMIT_S:
-            raise TimeoutError(f"blocks {left} could not be written again within {_LIMIT_S} s")
+            raise TimeoutError(f"{writer.image}: blocks {left} could not be written again within {_LIMIT_S} s")
         time.sleep(0.2)
     return time.monotonic() - began_s
 
