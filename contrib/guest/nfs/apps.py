@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from contrib.guest.nfs import site
-from contrib.guest.nfs.programs import Fio, Program, QemuIo, Sqlite
+from contrib.guest.nfs.database import Sqlite
+from contrib.guest.nfs.programs import Fio, Program, QemuIo
 
 WAYS = ("bare", "iohang")
 KINDS = "v3-softerr,v4.2-soft"
@@ -90,10 +91,10 @@ def play(kinds: list[site.Kind], seconds: float) -> dict[str, Any]:
 
 
 def _wait(programs: list[Program], since_s: float, limit_s: float) -> list[Program]:
-    """Until all have worked since then; those that have not."""
+    """Until all have worked since then, or are gone; those that have not."""
     deadline_s = time.monotonic() + limit_s
     waiting = programs
-    while waiting and time.monotonic() < deadline_s:
+    while not all(program.gone for program in waiting) and time.monotonic() < deadline_s:
         waiting = [program for program in waiting if not program.works(since_s)]
         time.sleep(0.5)
     return waiting

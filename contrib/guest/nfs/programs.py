@@ -11,26 +11,22 @@ from __future__ import annotations
 import collections
 import json
 import random
-import shutil
 import signal
-import sqlite3
 import struct
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-from contrib.guest.nfs import database
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 END_LIMIT_S = 60.0
 """For a program's end, once it has been asked. Bare programs may have to wait for the mount's errors."""
+
+_FATAL_BY_ITSELF = "ETIMEDOUT"
+"""For fio's continue_on_error: only EIO and EILSEQ count as errors after which one goes on."""
 
 
 class Program(Protocol):
@@ -41,20 +37,15 @@ class Program(Protocol):
     def works(self, since_s: float) -> bool:
         """Whether something that began then or later has gone well."""
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended by itself."""
+
     def stop(self) -> None:
         """Ask it to end, and return at once."""
 
     def verdict(self) -> dict[str, Any]:
         """Wait for its end, and compare."""
-
-
-def _ended(process: subprocess.Popen[str]) -> bool:
-    try:
-        process.wait(END_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return False
-    return True
 
 
 class Fio:
@@ -82,6 +73,7 @@ class Fio:
                 "fio", "--name=job", f"--filename={file}", f"--size={self.BYTES}", "--rw=randwrite",
                 f"--bs={self._BLOCK}", "--ioengine=libaio", "--iodepth=4", "--direct=1", "--fallocate=none",
                 "--rate_iops=40", "--time_based", "--runtime=900", "--randseed=2020", "--continue_on_error=all",
+                f"--ignore_error={','.join(3 * [f'EIO:EILSEQ:{_FATAL_BY_ITSELF}'])}",
                 "--verify=crc32c", f"--verify_interval={self._SECTOR}", "--verify_backlog=16", "--verify_fatal=0",
                 f"--write_lat_log={self._logs}", "--log_offset=1", "--output-format=json",
             ],
@@ -96,6 +88,11 @@ class Fio:
             self._last = (time.monotonic(), blocks)
             return False
         return blocks > seen
+
+    @property
+    def gone(self) -> bool:
+        """Of an error that it takes as fatal."""
+        return self._process.poll() is not None
 
     def stop(self) -> None:
         """SIGINT: it ends what is in flight, and reports."""
@@ -115,7 +112,7 @@ class Fio:
             "ended": True,
             "calls": job["read"]["total_ios"] + job["write"]["total_ios"],
             "acknowledged": len(done),
-            "errors": {f"errno {job['first_error']} first": job["total_err"]} if job["total_err"] else {},
+            "errors": {name: job[name] for name in ("error", "total_err", "first_error") if job.get(name)},
             "first_lines": lines[:5],
             "longest_s": round(max(job[each]["clat_ns"]["max"] for each in ("read", "write")) / 1e9, 1),
             "lost": self._lost(done),
@@ -180,6 +177,11 @@ class QemuIo:
     def works(self, since_s: float) -> bool:
         """Commands after then."""
         return any(well and began_s >= since_s for began_s, _, well in list(self._took))
+
+    @property
+    def gone(self) -> bool:
+        """Its process."""
+        return self._process.poll() is not None
 
     def stop(self) -> None:
         """After the round that it is in."""
@@ -260,83 +262,3 @@ class QemuIo:
             pages = [whole[at : at + self._PAGE] for at in range(0, self._SLOT, self._PAGE)]
             lost += not all(page == page[:1] * self._PAGE and page[0] in allowed for page in pages)
         return lost
-
-
-class Sqlite:
-    """database.py, in one of SQLite's journal modes. What is compared is a copy as a crash at the end would leave it."""
-
-    def __init__(self, file: Path, beneath: Path, journal_mode: str) -> None:
-        self.name = f"sqlite {journal_mode}"
-        self._beneath = beneath
-        self._committed: set[int] = set()
-        self._errors: collections.Counter[str] = collections.Counter()
-        self._took: list[tuple[float, float, bool]] = []
-        self._stopped = threading.Event()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "contrib.guest.nfs.database", str(file), journal_mode],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        self._crash = ""
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def works(self, since_s: float) -> bool:
-        """Transactions that began then or later."""
-        return any(well and began_s >= since_s for began_s, _, well in list(self._took))
-
-    def stop(self) -> None:
-        """After the transaction that it is in; the connection stays."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("stop\n")
-            self._process.stdin.flush()
-        except OSError:
-            self._crash = self._crash or "it has ended before"
-
-    def verdict(self) -> dict[str, Any]:
-        """What went wrong, and what the copy has."""
-        stopped = self._stopped.wait(END_LIMIT_S)
-        with tempfile.TemporaryDirectory() as folder:
-            for file in self._beneath.parent.glob(f"{self._beneath.name}*"):
-                if not file.name.endswith("-shm"):  # what is in memory only, after a crash
-                    shutil.copy(file, folder)
-            integrity, lost = self._compare(Path(folder) / self._beneath.name)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        return {
-            "ended": stopped and _ended(self._process) and not self._process.returncode,
-            "calls": len(self._took),
-            "acknowledged": len(self._committed),
-            "errors": dict(self._errors),
-            "crash": self._crash[-500:],
-            "longest_s": round(max((took_s for _, took_s, _ in self._took), default=0.0), 1),
-            "lost": lost,
-            "integrity": integrity,
-            "misread": 0,
-        }
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            try:
-                said = json.loads(line)
-            except ValueError:
-                self._crash += line
-                continue
-            if "stopped" in said:
-                self._stopped.set()
-                continue
-            self._took.append((time.monotonic() - said["took_s"], said["took_s"], "committed" in said))
-            if "error" in said:
-                self._errors[said["error"]] += 1
-            else:
-                self._committed.add(said["committed"])
-
-    def _compare(self, copy: Path) -> tuple[str, int]:
-        """What PRAGMA integrity_check says, and how many acknowledged rows are not there as they were."""
-        try:
-            with closing(sqlite3.connect(copy)) as connection:
-                said = "; ".join(str(row[0]) for row in connection.execute("PRAGMA integrity_check").fetchmany(5))
-                rows = dict(connection.execute("SELECT number, content FROM rows").fetchall())
-        except sqlite3.Error as error:
-            return f"{type(error).__name__}: {error}", len(self._committed)
-        return said, sum(rows.get(number) != database.content(number) for number in self._committed)
