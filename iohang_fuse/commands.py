@@ -194,7 +194,9 @@ class Commands:
     # ---- acts
 
     def _io_hang_retry(self, images: list[Image]) -> object:
-        return self._act(images, self._requests.retry)
+        answer = self._act(images, self._requests.retry)
+        self._requests.unblock_soon()
+        return answer
 
     def _io_hang_drain(self, images: list[Image]) -> object:
         return self._act(images, self._requests.drain)

@@ -32,6 +32,7 @@ from iohang_fuse.monitor import Monitor
 from iohang_fuse.mountwords import libfuse_escaped
 from iohang_fuse.notify import Notify
 from iohang_fuse.preflight import EX_FAILURE, EX_SYSTEM, SUBTYPE, Refusal
+from iohang_fuse.reconnect import Reconnect
 from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 from iohang_fuse.service import Service
@@ -219,6 +220,10 @@ class _Server:
                 nursery.start_soon(_aside, self._event_log.serve)
                 nursery.start_soon(self._announce)
                 nursery.start_soon(_aside, self._service.serve)
+                if config.reconnect == "auto":
+                    reconnect = Reconnect(self._requests, str(config.source))
+                    self._requests.unblock = reconnect.close_what_waits
+                    nursery.start_soon(_aside, reconnect.serve)
                 if self._monitor is not None:
                     nursery.start_soon(_aside, self._monitor.serve)
                 await receiver.main()
@@ -292,6 +297,7 @@ def _lasting_settings(config: Config) -> dict[str, object]:
         "max-background": config.max_background,
         "engine": config.engine,
         "direct": config.direct,
+        "reconnect": config.reconnect,
         "attr-timeout": config.attr_timeout_s,
         "mount-words": [*config.mount_words],
     }

@@ -189,6 +189,7 @@ class Requests:
         self.handles: dict[int, Handle] = {}
         self.holding = True
         self.awake_s = math.inf  # when the loop will have its next look at things: long ago means that it is stuck
+        self.unblock: Callable[[], None] = _nothing  # closes connections that wait; blocks. See reconnect.py
         self.others_wait: Callable[[], bool] = (
             _never  # whether requests come more than one at a time; where there is a ring
         )
@@ -476,7 +477,7 @@ class Requests:
                 for each in (*renew_others, renew):
                     each()
                 if fenced:
-                    backing.ask()
+                    self._ask(backing)
                 if any(_on_two_mounts(other, backing) for other in others):
                     raise OSError(errno.ESTALE, "open on two mounts: one cannot be opened anew where the other one is")
                 return backing.rewrite(writes, data_only=data_only)
@@ -626,7 +627,7 @@ class Requests:
                 return await self._fly(handle, request, work)
 
             def asked_before() -> T:
-                handle.backing.ask()
+                self._ask(backing)
                 return work()
 
             result = await self._fly(handle, request, asked_before)
@@ -649,6 +650,12 @@ class Requests:
                 self._report_refusal(handle.image, backing)
         backing.failures = 0
         return result
+
+    def _ask(self, backing: Backing) -> None:
+        """In a thread, before what may not be overtaken by what was given up (P5). Raises OSError unless the storage answers."""
+        backing.ask()
+        # The answer may have come on one connection, and what was given up wait in another one.
+        self.unblock()
 
     def _revived(self, handle: Handle, work: Callable[[], T]) -> Callable[[], T]:
         """*work*, before which the file is opened anew if it has failed often enough and that was not just tried."""
@@ -765,8 +772,13 @@ class Requests:
         return self._held_bytes.limit
 
     def retry(self, image: Image) -> None:
-        """An operator: try what is held now."""
+        """Try what is held now."""
         self._apply(image, image.held.retry(trio.current_time()))
+
+    def unblock_soon(self) -> None:
+        """An operator wants an answer now: nothing is to wait for the next retransmission."""
+        if self._nursery is not None:
+            self._nursery.start_soon(trio.to_thread.run_sync, self.unblock, name="unblock")
 
     def drain(self, image: Image) -> None:
         """An operator: try what is held now, and if that fails answer it with its error."""
@@ -911,6 +923,10 @@ class Requests:
 
 def _never() -> bool:
     return False
+
+
+def _nothing() -> None:
+    return
 
 
 def _on_two_mounts(one: Backing, other: Backing) -> bool:

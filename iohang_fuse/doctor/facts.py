@@ -29,6 +29,7 @@ class Settings:
     max_background: int = 4096
     engine: str = "auto"
     direct: str = "auto"
+    reconnect: str = "auto"
     mount_words: tuple[str, ...] = ()
 
     @property

@@ -41,6 +41,8 @@ class Nfs:
     timeo_s: float
     retrans: int
     lease_s: float = LEASE_S
+    closed_after_s: float = math.inf
+    """When iohang-fuse ends a connection that hears nothing (option `reconnect`)."""
 
     @property
     def error(self) -> str | None:
@@ -61,7 +63,11 @@ class Nfs:
 
     @property
     def silence_s(self) -> float:
-        """After which TCP gives up a connection on which what was sent is not acknowledged (its TCP_USER_TIMEOUT)."""
+        """After which a connection ends on which what was sent is not acknowledged: by TCP_USER_TIMEOUT, if not before."""
+        return min(self._tcp_gives_up_s, self.closed_after_s)
+
+    @property
+    def _tcp_gives_up_s(self) -> float:
         if self.version.startswith("4") and self.lease_s < _LONGEST_SILENCE_S:
             return float(_TRIES * max(math.ceil(self.lease_s / _TRIES), _SHORTEST_TRY_S))
         return float(_LONGEST_SILENCE_S)
@@ -82,7 +88,7 @@ class Nfs:
         return words if self.error is None else f"{words},timeo={self.timeo_s * 10:g},retrans={self.retrans}"
 
 
-def parse(options: Sequence[str], lease_s: float | None = None) -> Nfs:
+def parse(options: Sequence[str], lease_s: float | None = None, closed_after_s: float = math.inf) -> Nfs:
     """From the options in /proc/self/mountinfo, which has them all; nfs(5)'s defaults for what is not there."""
     values = dict(option.partition("=")[::2] for option in options)
     protocol = values.get("proto", "tcp")
@@ -94,6 +100,7 @@ def parse(options: Sequence[str], lease_s: float | None = None) -> Nfs:
         timeo_s=(_number(values.get("timeo"), 0) or (11 if udp else 600)) / 10,
         retrans=_number(values.get("retrans"), 3 if udp else 2),
         lease_s=LEASE_S if lease_s is None else lease_s,
+        closed_after_s=closed_after_s,
     )
 
 

@@ -27,6 +27,9 @@ _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "9p"})
 _ADVISED = "soft,timeo=50,retrans=2"
 """An error after 15 s: soon enough for several attempts within a minute, late enough for a server that is only slow."""
 
+_RECONNECTED_S = 4.0
+"""From the moment in which an image counts as sick until a connection that hears nothing is closed (reconnect.py)."""
+
 _SHORT_LEASE_S = 15
 """An NFS 4 server's lease with which the first error comes after 30 s; docs/howto/nfs.rst has what it costs."""
 
@@ -37,7 +40,8 @@ def source_findings(facts: Facts) -> Iterator[Finding]:
     yield from _covered(facts)
     below = holding(facts.sight.path, facts.table)
     if below is not None:
-        yield from _nfs(facts, below) if below.fstype in nfs.TYPES else _other(below)
+        found = _nfs_of(facts)
+        yield from _nfs(facts, below, found) if found is not None else _other(below)
         yield from _direct(facts, below)
     yield from _fstab(facts, below)
 
@@ -56,7 +60,11 @@ def first_attempt_s(facts: Facts) -> float | None:
 
 def _nfs_of(facts: Facts) -> nfs.Nfs | None:
     below = holding(facts.sight.path, facts.table)
-    return nfs.parse(below.options, facts.lease_s) if below is not None and below.fstype in nfs.TYPES else None
+    if below is None or below.fstype not in nfs.TYPES:
+        return None
+    settings = facts.settings
+    closed_after_s = settings.blocked_after_s + _RECONNECTED_S if settings.reconnect == "auto" else math.inf
+    return nfs.parse(below.options, facts.lease_s, closed_after_s)
 
 
 def _presence(facts: Facts) -> Iterator[Finding]:
@@ -127,8 +135,7 @@ def _mounted_as_planned(facts: Facts) -> Iterator[Finding]:
         yield Finding(Level.OK, "source", f"{seen}, as /etc/fstab says")
 
 
-def _nfs(facts: Facts, below: Mounted) -> Iterator[Finding]:
-    found = nfs.parse(below.options, facts.lease_s)
+def _nfs(facts: Facts, below: Mounted, found: nfs.Nfs) -> Iterator[Finding]:
     settings = facts.settings
     shortest_s = min((each for each in settings.timeouts_s if each), default=math.inf)
     if found.error is None:
@@ -143,9 +150,12 @@ def _nfs(facts: Facts, below: Mounted) -> Iterator[Finding]:
         return
     seen = f"{found}: the first error comes after about {span_words(found.first_error_s)}"
     if found.first_error_s != found.error_s:
+        ends = (
+            f"for a lease of {span_words(found.lease_s)}" if found.closed_after_s == math.inf else "with reconnect=auto"
+        )
         seen += (
-            f" (an NFS 4 call does not fail while TCP holds the connection, {span_words(found.silence_s)} for a lease of "
-            f"{span_words(found.lease_s)}), each later one after {span_words(found.error_s)}"
+            f" (an NFS 4 call does not fail while its connection is up, {span_words(found.silence_s)} {ends}), "
+            f"each later one after {span_words(found.error_s)}"
         )
     if found.error not in settings.errors:
         yield Finding(
@@ -171,7 +181,7 @@ def _nfs(facts: Facts, below: Mounted) -> Iterator[Finding]:
 def _in_time(found: nfs.Nfs, below: Mounted, limit_s: float) -> str:
     """What to do about a first error that comes later than *limit_s*."""
     longer = f"-o timeout={math.ceil(found.first_error_s + found.error_s + 60)} or more"
-    advised = nfs.parse((f"vers={found.version}", *_ADVISED.split(",")), found.lease_s)
+    advised = nfs.parse((f"vers={found.version}", *_ADVISED.split(",")), found.lease_s, found.closed_after_s)
     shorter = dataclasses.replace(advised, lease_s=_SHORT_LEASE_S)
     remount = f"{longer}; or mount {below.mountpoint} with {_ADVISED}"
     if advised.first_error_s < limit_s:

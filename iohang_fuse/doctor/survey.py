@@ -128,6 +128,7 @@ def settings_of(config: Config) -> Settings:
         max_background=config.max_background,
         engine=config.engine,
         direct=config.direct,
+        reconnect=config.reconnect,
         mount_words=config.mount_words,
     )
 
@@ -151,6 +152,7 @@ def settings_told(told: Mapping[str, Any]) -> Settings:
         max_background=told["max-background"],
         engine=told["engine"],
         direct=told["direct"],
+        reconnect=told["reconnect"],
         mount_words=tuple(told["mount-words"]),
     )
 

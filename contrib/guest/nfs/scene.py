@@ -2,14 +2,15 @@
 
     python3 -m contrib.guest.nfs.scene OUTAGE [--kinds v3-soft,v4.2-softerr]
 
-Each mount has a consumer of each mode on it, and one that asks for attributes. When all have done some work the outage begins; when it
-has ended the scene waits until all work again, and compares every block with what the server has.
+Each mount has a consumer of each mode on it, and one that asks for attributes. When all have done some work the outage begins;
+when it has ended the scene waits until all work again, and compares every block with what the server has.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -214,10 +215,8 @@ class Scene:
 
     def _recover(self, ended_s: float) -> list[Cell]:
         """Wait until all work again; those that do not."""
-        try:
+        with contextlib.suppress(TimeoutError):
             self._wait(lambda: all(cell.works(2, ended_s) for cell in self.cells), "all to work again")
-        except TimeoutError:
-            pass
         return [cell for cell in self.cells if not cell.works(2, ended_s)]
 
     def _verdict(self, cell: Cell, began_s: float, ended_s: float, deaf: list[Cell]) -> dict[str, Any]:

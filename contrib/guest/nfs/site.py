@@ -1,6 +1,6 @@
 """Inside the Debian guest: a real NFS server, and client hosts that mount it, each in a network namespace of its own.
 
-1. The server is Debian's nfs-server.service, at 10.77.0.1 on a bridge. Its export is ext4 on a disk that device-mapper can take away.
+1. The server is Debian's nfs-server.service, at 10.77.0.1 on a bridge. It exports ext4 on a disk that device-mapper can take away.
 2. Each client host has its own address, connections, lease and open state, as hosts have; all see what is mounted.
 3. What takes part in an outage is the real thing: nftables, netem, systemctl, exportfs, device-mapper. Nothing is simulated.
 """
@@ -48,12 +48,17 @@ class Kind:
 
     @property
     def bare(self) -> Path:
-        """The NFS mount itself."""
+        """An NFS mount, for consumers."""
         return Path(f"/srv/{self.name}")
 
     @property
+    def source(self) -> Path:
+        """The same by another host, for iohang-fuse: what that does to its connections is not to help the bare one."""
+        return Path(f"/srv/{self.name}.source")
+
+    @property
     def iohang(self) -> Path:
-        """iohang-fuse on it."""
+        """iohang-fuse on `source`, for consumers."""
         return Path(f"/mnt/{self.name}")
 
 
@@ -211,31 +216,38 @@ def impair(*netem: str) -> None:
 
 
 def mount(kind: Kind) -> None:
-    """The NFS mount, made by its host."""
-    add_host(kind.host)
-    kind.bare.mkdir(parents=True, exist_ok=True)
-    run(*_at(kind), "mount", "-t", "nfs", "-o", f"proto=tcp,{kind.options}", f"{SERVER}:{kind.export}", kind.bare)
+    """Both NFS mounts, each made by its host."""
+    for host, directory in ((kind.host, kind.bare), (other(kind.host), kind.source)):
+        add_host(host)
+        directory.mkdir(parents=True, exist_ok=True)
+        run(*at(host), "mount", "-t", "nfs", "-o", f"proto=tcp,{kind.options}", f"{SERVER}:{kind.export}", directory)
 
 
 def mount_iohang(kind: Kind, options: str) -> None:
-    """iohang-fuse on it."""
+    """iohang-fuse on its own."""
     kind.iohang.mkdir(parents=True, exist_ok=True)
     log = f"log=/var/log/iohang-{kind.name}.log"
-    run(*_at(kind), "iohang-mount", kind.bare, kind.iohang, "-o", f"{log},{options}")
+    run(*at(other(kind.host)), "iohang-mount", kind.source, kind.iohang, "-o", f"{log},{options}")
 
 
-def _at(kind: Kind) -> tuple[str, ...]:
-    """In the network of its host; all see its mounts."""
-    return ("nsenter", f"--net=/run/netns/host{kind.host}")
+def at(host: int) -> tuple[str, ...]:
+    """In the network of a host; all see its mounts."""
+    return ("nsenter", f"--net=/run/netns/host{host}")
+
+
+def other(host: int) -> int:
+    """The host of the mount that iohang-fuse is on."""
+    return host + 100
 
 
 def unmount(kind: Kind) -> None:
-    """Both."""
+    """All."""
     run("umount", kind.iohang)
+    run("umount", kind.bare)
     deadline_s = time.monotonic() + 60
     while True:  # the server closes its descriptors a moment later
         try:
-            run("umount", kind.bare)
+            run("umount", kind.source)
         except RuntimeError:
             if time.monotonic() > deadline_s:
                 raise

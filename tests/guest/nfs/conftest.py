@@ -1,0 +1,19 @@
+"""One guest with an NFS server for all tests here: it takes a minute to boot, and half a minute to set up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from contrib.guest.nfs.guest import Guest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="package")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    found = Guest(tmp_path_factory.mktemp("nfs"))
+    with found.debian:
+        yield found
