@@ -26,7 +26,7 @@ LONG_OUTAGE_S = 30.0
 
 SQUASHED_KINDS = tuple(
     site.Kind(f"squashed-{version}", f"vers={version[1:]},softerr,{site.QUICK}{more}", host, site.SQUASHED)
-    for version, more, host in (("v3", ",nolock", 21), ("v4.2", "", 22))
+    for version, more, host in (("v3", ",nolock", 31), ("v4.2", "", 32))
 )
 
 KINDS = {kind.name: kind for kind in (*site.KINDS, *SQUASHED_KINDS)}

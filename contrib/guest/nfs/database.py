@@ -32,7 +32,7 @@ _END_LIMIT_S = 60.0
 
 
 class Sqlite:
-    """The process, for programs.py: in one of SQLite's journal modes. What is compared is a copy as a crash at the end would leave it."""
+    """The process, in one of SQLite's journal modes. What is compared is a copy as a crash at the end would leave it."""
 
     def __init__(self, file: Path, beneath: Path, journal_mode: str) -> None:
         self.name = f"sqlite {journal_mode}"

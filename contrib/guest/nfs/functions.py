@@ -182,30 +182,38 @@ def coherence(kind: site.Kind) -> None:
 def engine(kind: site.Kind) -> None:
     """io_uring, which NFS has only with a kernel worker for each request."""
     status = asked("iohangctl", "--json", "-m", str(kind.iohang), "status")
-    equal((status["engine"], status["source"]), ("uring", str(kind.bare)), "engine and source")
+    equal((status["engine"], status["source"]), ("uring", str(kind.source)), "engine and source")
 
 
 def doctor(kind: site.Kind) -> None:
-    """What the mount is, when its first error comes, and the lease, which is the server's."""
-    known = FIRST_ERRORS.get(kind.name)
+    """What the mount is, and when its first error comes: by the server's lease, and by when iohang-fuse ends a deaf connection."""
     version, word = kind.name[1:].split("-")
-    if known is None:
-        wanted = rf"NFS {version}, {word}: a call that the server does not answer never fails"
-    else:
-        lease = rf".*lease of {LEASE_S} s\), each later one after 2\.0 s" if version == "4.2" else ""
-        wanted = (
-            rf"NFS {version}, {word},timeo=10,retrans=1: the first error comes after about {known[0]}(\.0)? s{lease}$"
-        )
-    ways = {
-        "iohangctl doctor": ("iohangctl", "--json", "-m", str(kind.iohang), "doctor"),
-        "iohang-mount --check": ("iohang-mount", "--check", "--json", str(kind.bare), "/mnt", "-o", IOHANG),
-    }
-    for way, words in ways.items():
-        findings = {each["about"]: each for each in asked(*words)["findings"]}
-        said = findings["nfs"]
-        assert re.match(wanted, said["seen"]), f"{way}: {said['seen']!r} does not match {wanted!r}"
-        equal(said["level"], "warning" if known is None else "ok", f"{way}: its level")
-        assert "takes it unaligned" in findings["direct I/O"]["seen"], f"{way}: {findings['direct I/O']}"
+    known = FIRST_ERRORS.get(kind.name)
+    for reconnect in ("auto", "never"):
+        check = ("iohang-mount", "--check", "--json", str(kind.source), "/mnt", "-o", f"{IOHANG},reconnect={reconnect}")
+        ways = [check] if reconnect == "never" else [check, ("iohangctl", "--json", "-m", str(kind.iohang), "doctor")]
+        if known is None:
+            wanted = rf"NFS {version}, {word}: a call that the server does not answer never fails"
+        else:
+            wanted = f"NFS {version}, {word},timeo=10,retrans=1: the first error comes after about "
+            wanted += _words_of_first_error(version, known[0], reconnect)
+        for words in ways:
+            findings = {each["about"]: each for each in asked(*words)["findings"]}
+            said = findings["nfs"]
+            assert re.match(wanted, said["seen"]), f"{words}: {said['seen']!r} does not match {wanted!r}"
+            equal(said["level"], "warning" if known is None else "ok", f"{words}: its level")
+            assert "takes it unaligned" in findings["direct I/O"]["seen"], f"{words}: {findings['direct I/O']}"
+
+
+def _words_of_first_error(version: str, first_s: float, reconnect: str) -> str:
+    if version == "3":
+        return r"2(\.0)? s$"
+    ends = (
+        (rf"{first_s} s", f"18 s for a lease of {LEASE_S} s")
+        if reconnect == "never"
+        else ("10 s", r"9\.0 s with reconnect=auto")
+    )
+    return rf"{ends[0]} \(.*is up, {ends[1]}\), each later one after 2\.0 s$"
 
 
 # ---- all of them
