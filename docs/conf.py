@@ -43,6 +43,7 @@ html_theme_options = {"description": "failed disk I/O waits until the storage is
 man_pages = [
     ("iohang-mount", "iohang-mount", "mirror a directory of disk images, and hold its failed I/O", "", 8),
     ("iohang-mount", "mount.iohang", "mirror a directory of disk images, and hold its failed I/O", "", 8),
+    ("umount.fuse.iohang-mount", "umount.fuse.iohang-mount", "unmount, and wait for the server to end", "", 8),
     ("iohangctl", "iohangctl", "ask which images of an iohang-fuse mount hang, and say what to do", "", 8),
     ("iohang-flaky", "iohang-flaky", "mirror a directory, and fail when told to", "", 8),
     ("iohang.yaml", "iohang.yaml", "configuration of iohang-mount", "", 5),

@@ -96,6 +96,8 @@ def run(serve: Callable[[Started], int], complain: Callable[[str], None]) -> int
     code = 32
     try:
         code = serve(_Pipe(send))
+    except KeyboardInterrupt:  # said by the parent, who has had it, too
+        code = INTERRUPTED
     except BaseException:  # noqa: BLE001 - whatever it is, it is said here or nowhere
         traceback.print_exc()
     finally:

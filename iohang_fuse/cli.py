@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from iohang_fuse import __version__, config, mountwords
+from iohang_fuse.background import INTERRUPTED
 from iohang_fuse.doctor.findings import UNKNOWN
 from iohang_fuse.messages import printable
 
@@ -130,14 +131,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         from iohang_fuse.doctor.check import run as check  # noqa: PLC0415
 
         return check(settings, json_=arguments.json)
-    from iohang_fuse.mount import run  # noqa: PLC0415
-
-    return run(
+    return _mount(
         settings,
         foreground=not helper and arguments.foreground,
         fake=helper and arguments.fake,
         verbose=arguments.verbose,
     )
+
+
+def _mount(settings: config.Config, *, foreground: bool, fake: bool, verbose: bool) -> int:
+    try:
+        from iohang_fuse.mount import run  # noqa: PLC0415
+
+        return run(settings, foreground=foreground, fake=fake, verbose=verbose)
+    except KeyboardInterrupt:
+        _say("interrupted before the mount served")
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,17 +64,14 @@ def page(name: str) -> str:
     return (DOCS / f"{name}.rst").read_text()
 
 
-PROGRAMS = {
-    "iohang-mount": "from iohang_fuse.cli import main",
-    "mount.iohang": "from iohang_fuse.cli import main",
-    "iohangctl": "from iohang_fuse.ctl import main",
-    "iohang-flaky": "from iohang_fuse.flaky import main",
-}
+PROGRAMS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+"""All that the package installs: none is without its page."""
 
 
 def help_of(program: str, *verb: str) -> str:
     """What *program* says of its options, as the one that is installed under that name."""
-    code = f"import sys; sys.argv[0] = {program!r}; {PROGRAMS[program]}; sys.exit(main())"
+    module, function = PROGRAMS[program].split(":")
+    code = f"import sys; sys.argv[0] = {program!r}; from {module} import {function} as main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *verb, "--help"], capture_output=True, text=True, check=True
     ).stdout

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 
 def test_the_payload_is_this_tree_and_what_it_needs(tmp_path: Path) -> None:
     """Nothing is installed in the guest: the programs run from the archive, and tests and linters stay at home."""
-    image.payload(tmp_path / "payload.tar", {"/etc/fstab": "none\n", "/usr/local/bin/outage": "#!/bin/sh\n"})
+    (tmp_path / "vmlinuz").write_bytes(b"\0\xff")
+    files = {"/etc/fstab": "none\n", "/usr/local/bin/outage": "#!/bin/sh\n", "/boot/vmlinuz": tmp_path / "vmlinuz"}
+    image.payload(tmp_path / "payload.tar", files)
     with tarfile.open(tmp_path / "payload.tar") as archive:
         members = {member.name: member for member in archive.getmembers()}
         fstab = archive.extractfile("etc/fstab")
         assert fstab is not None
         assert fstab.read() == b"none\n"
+        vmlinuz = archive.extractfile("boot/vmlinuz")
+        assert vmlinuz is not None
+        assert vmlinuz.read() == b"\0\xff"
     site = "usr/local/lib/python3.11/dist-packages"
     for name in (
         "iohang_fuse/mount.py",

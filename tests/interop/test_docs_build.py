@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"iohang-mount.8", "mount.iohang.8", "iohangctl.8", "iohang-flaky.8", "iohang.yaml.5"}
+PROGRAMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+PAGES = {*(f"{program}.8" for program in PROGRAMS), "iohang.yaml.5"}
 FROM_THE_TREE = ("docs", "iohang_fuse", "pyproject.toml", "setup.py", "MANIFEST.in", "README.rst", "LICENSE")
 
 

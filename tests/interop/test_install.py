@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -37,6 +38,45 @@ umount "$3"
 mount -t fuse.iohang-mount "$2" "$3" -o monitor=none
 cat "$3/file"
 umount -l "$3"
+"""
+
+# As on a machine on which an older version serves a mount. What is written goes to layers of this namespace's own.
+DETACHED = """
+set -eu
+mount --make-rprivate /
+# A copy of somebody's mount would keep it in use after he has unmounted it.
+grep ' - fuse.iohang' /proc/self/mountinfo | cut -d' ' -f5 | while read -r at; do umount -l "$at" || true; done
+[ ! -d /run/systemd ] || mount -t tmpfs tmpfs /run/systemd
+mount -t tmpfs tmpfs "$3"
+mount -t tmpfs tmpfs /opt
+cp -a "$2/opt/iohang-fuse" /opt/
+for place in /usr/bin /usr/sbin /usr/local; do
+    mkdir -p "$3$place/upper" "$3$place/work"
+    mount -t overlay overlay -o "lowerdir=$place,upperdir=$3$place/upper,workdir=$3$place/work" $place
+done
+cd /opt/iohang-fuse
+new=$(readlink venv) old=/opt/iohang-fuse/venv-old
+cp -a "$new" $old
+sed -i "s|$new|$old|g" $old/pyvenv.cfg $old/bin/iohang-mount
+ln -sfn $old venv
+mkdir "$3/src" "$3/mnt"
+echo content >"$3/src/file"
+venv/bin/iohang-mount "$3/src" "$3/mnt" -o monitor=none 2>/dev/null
+exec 3<"$3/mnt/file"
+umount -l "$3/mnt"
+echo "== upgrade"
+"$1"
+ls -d venv-*
+echo "== uninstall"
+"$1" --uninstall 2>&1 || echo "code $?"
+cat <&3
+exec 3<&-
+for _ in $(seq 600); do pgrep -f "^$old/" >/dev/null || break; sleep 0.1; done
+echo "== upgrade without a user"
+"$1"
+ls -d venv-*
+echo "== uninstall without a user"
+"$1" --uninstall
 """
 
 
@@ -77,6 +117,8 @@ def test_what_is_where(root: Path) -> None:
     """Issue 5: "an `install` step for symlinks to /usr/sbin and /sbin"; nothing in DESTDIR knows of DESTDIR."""
     found = outside(root)
     assert {path for path in found if "/man/" not in path} == LINKS | {UNIT}
+    pages = {path for path in found if path.startswith("usr/local/share/man/man8/")}
+    assert {Path(path).name for path in pages} == {f"{Path(program).name}.8" for program in LINKS}
     for path in LINKS:
         assert os.readlink(root / path) == f"{PREFIX}/venv/bin/{Path(path).name}"
     venv = root / os.readlink(root / PREFIX[1:] / "venv")[1:]
@@ -128,6 +170,39 @@ def test_what_an_administrator_has_changed_stays(root: Path) -> None:
         assert unit.read_text().endswith("# mine\n")
     finally:
         unit.write_text(text)
+
+
+def test_a_server_of_a_detached_mount_keeps_its_environment(root: Path, tmp_path: Path) -> None:
+    """contrib/install: "servers that run go on with theirs", one whose mount was detached (`umount -l`), too."""
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+            *("sh", "-c", DETACHED, "sh", INSTALL, root, tmp_path),
+        ],
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, upgrade, uninstall, upgrade_later, uninstall_later = re.split(r"^== .*\n", done.stdout, flags=re.MULTILINE)
+    old, new = f"{PREFIX}/venv-old", os.readlink(root / PREFIX[1:] / "venv")
+    pids = re.findall(
+        rf"^install: {old} stays until the next time; still running from it: (.*) $", upgrade, re.MULTILINE
+    )
+    assert len(pids) == 1
+    assert re.fullmatch(r"\d+ \(iohang-mount\)", pids[0])
+    assert f"this version is in use from now on: {new}\n" in upgrade
+    assert {*upgrade.splitlines()[-2:]} == {Path(old).name, Path(new).name}
+    assert uninstall.splitlines() == [
+        f"install: still running: {pids[0]} - end that first; a mount that was detached has a server until its last user is gone",
+        "code 1",
+        "content",
+    ]
+    assert f"install: removed {old}\n" in upgrade_later
+    assert upgrade_later.splitlines()[-1] == Path(new).name
+    assert f"install: removed {PREFIX}\n" in uninstall_later
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -208,6 +209,56 @@ def test_signals_unmount(paths: tuple[Path, Path], tmp_path: Path, signal_number
         mount.process.send_signal(signal_number)
         assert mount.process.wait(10) == 0
         assert mounted_at(mountpoint) == []
+
+
+def session_of(leader: int) -> dict[int, str]:
+    """The processes of *leader*'s session, and where in the kernel each waits."""
+    told = subprocess.run(["pgrep", "-s", str(leader)], capture_output=True, text=True, check=False).stdout
+    found = {}
+    for pid in map(int, told.split()):
+        with contextlib.suppress(OSError):  # it has ended
+            found[pid] = Path(f"/proc/{pid}/wchan").read_text()
+    return found
+
+
+HANGS = "request_wait_answer"  # in FUSE
+
+
+@pytest.mark.parametrize(
+    ("rule", "waits", "more"),
+    [
+        ("* * hang", [HANGS], ""),
+        ("statfs * hang", [HANGS, "pipe_read"], "; if it does by now, unmount it"),  # anon_pipe_read in newer kernels
+    ],
+    ids=["parent", "server"],
+)
+def test_ctrl_c_before_it_serves(
+    paths: tuple[Path, Path], tmp_path: Path, rule: str, waits: list[str], more: str
+) -> None:
+    """iohang-mount(8): "8: Interrupted (Ctrl-C) before it served", where SOURCE hangs for the parent, or the server; one line."""
+    source, mountpoint = paths
+    (tmp_path / "flaky").mkdir()
+    with FlakySource(source, tmp_path / "flaky", tmp_path / "trigger", tmp_path / "flaky.log") as flaky:
+        flaky.fail(rule)
+        command = [sys.executable, "-m", "iohang_fuse.cli", tmp_path / "flaky", mountpoint, "-o"]
+        command.append(f"monitor=none,log={tmp_path}/log")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as start:
+            try:
+                wait_until(
+                    lambda: (
+                        sorted(where.removeprefix("anon_") for where in session_of(start.pid).values()) == sorted(waits)
+                    ),
+                    60,
+                    f"its processes to wait in {waits}",
+                )
+                os.killpg(start.pid, signal.SIGINT)  # as a terminal does
+            finally:
+                flaky.heal()  # what hangs heeds no signal but SIGKILL
+            assert start.wait(60) == 8
+            assert start.stderr is not None
+            assert start.stderr.read() == f"iohang-mount: interrupted before the mount served{more}\n"
+            wait_until(lambda: not session_of(start.pid), 60, "the server to end, too")
+    assert mounted_at(mountpoint) == []
 
 
 def test_busy_mount_says_who(paths: tuple[Path, Path], tmp_path: Path) -> None:

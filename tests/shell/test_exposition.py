@@ -7,10 +7,12 @@ import fcntl
 import http.client
 import os
 import re
+import resource
 import signal
 import socket
 import stat
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -243,6 +245,47 @@ def test_ipv6() -> None:
         assert sock.makefile("rb").read().endswith(PAGE)
 
 
+def test_where_there_is_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`localhost` is `::1` as well, where there may be no IPv6: an address that cannot be had hinders no other of the same name.
+
+    RFC 3849 keeps 2001:db8::/32 for documentation: the kernel's answer is EADDRNOTAVAIL, or EAFNOSUPPORT without IPv6.
+    """
+    number = free_port()
+    addresses = [(socket.AF_INET6, ("2001:db8::1", number, 0, 0)), (socket.AF_INET, (HOST, number))]
+    found = [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for family, address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments, **_options: found)
+    with serving(lambda: PAGE, ("localhost", number)):
+        monkeypatch.undo()
+        assert get(number)[1] == PAGE
+
+
+def test_without_descriptors_it_is_no_loop(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that cannot be let in for want of a descriptor still waits: it is not asked for in a loop, and gets in later."""
+    tries: list[float] = []
+
+    def count(server: exposition._Server) -> None:
+        tries.append(time.monotonic())
+        counted(server)
+
+    counted = exposition._Server.service_actions  # once after each look at who waits
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as client:
+        client.settimeout(60)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))  # the kernel's own EMFILE
+        try:
+            client.connect((HOST, port))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            monkeypatch.setattr(exposition._Server, "service_actions", count)
+            wait_until(lambda: len(tries) > 4, 60, "some looks")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert tries[4] - tries[1] > 2 * exposition._NO_DESCRIPTOR_S
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert answer.endswith(PAGE)
+
+
 def test_the_port_is_free_afterwards() -> None:
     """The next mount can have it at once, whoever was connected (TIME_WAIT is our end's); and there is no thread left."""
     number = free_port()
@@ -293,6 +336,19 @@ def test_nobody_reads_half_of_a_file(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert [*tmp_path.iterdir()] == [], "it is removed at the end, and nothing else is left"
+
+
+def test_the_first_file_may_be_read(tmp_path: Path) -> None:
+    """Whatever the umask is: node_exporter is somebody else, and the first page is written with the umask of who mounts."""
+    path = tmp_path / "iohang.prom"
+    made = Exposition(lambda: PAGE, path)
+    before = os.umask(0o077)
+    try:
+        made.bind()
+        assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (PAGE, 0o644)
+    finally:
+        os.umask(before)
+        made.stop()
 
 
 def test_two_mounts_do_not_write_one_file(tmp_path: Path) -> None:

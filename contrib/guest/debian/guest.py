@@ -76,7 +76,7 @@ class DebianGuest:
         folder: Path,
         *,
         disks: Sequence[Path] = (),
-        files: Mapping[str, str] | None = None,
+        files: Mapping[str, str | Path] | None = None,
         memory_mib: int = 768,
         cpus: int = 2,
     ) -> None:
@@ -173,6 +173,10 @@ class DebianGuest:
     def state(self, unit: str) -> str:
         """Its ActiveState."""
         return self.properties(unit, "ActiveState")["ActiveState"]
+
+    def say(self, word: str) -> None:
+        """Send *word* to the process in the guest that has RECORDS_PORT open."""
+        self._machine.say(_RECORDS, word)
 
     # What it has said
 

@@ -140,17 +140,20 @@ def _lighten(root: Path) -> None:
 # ---- what comes in at each run
 
 
-def payload(archive: Path, files: Mapping[str, str] | None = None) -> None:
+def payload(archive: Path, files: Mapping[str, str | Path] | None = None) -> None:
     """Write *archive*: iohang-fuse as this tree has it and this environment's packages for it, the agent, and *files*.
 
     *files* are texts by their paths in the guest; one that begins with `#!` is made executable, and one that is `-> TARGET` is a
-    symbolic link.
+    symbolic link. A Path is a file of the host's, which is copied.
     """
     with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
         for source, name in _program_files():
             tar.add(source, name, recursive=False, filter=_owned_by_root)
-        for path, text in {**_own_files(), **(files or {})}.items():
-            _add_text(tar, path.lstrip("/"), text)
+        for path, content in {**_own_files(), **(files or {})}.items():
+            if isinstance(content, Path):
+                tar.add(content, path.lstrip("/"), filter=_owned_by_root)
+            else:
+                _add_text(tar, path.lstrip("/"), content)
 
 
 def _program_files() -> Iterator[tuple[Path, str]]:

@@ -22,6 +22,7 @@ from contrib.guest.nfs import report
 from contrib.guest.nfs.guest import Guest
 from contrib.guest.nfs.outages import LEASE_S, OUTAGES, by_name
 from contrib.guest.nfs.scene import INTERVAL_S
+from contrib.guest.nfs.site import GRACE_S
 
 
 def main() -> int:
@@ -60,7 +61,7 @@ def _play(names: list[str], docs: Path | None) -> int:
     for problem in problems:
         print(f"NOT KEPT: {problem}")
     if docs is not None:
-        values = {"kernel": kernel, "minutes": minutes, "interval": INTERVAL_S, "lease": LEASE_S}
+        values = {"kernel": kernel, "minutes": minutes, "interval": INTERVAL_S, "lease": LEASE_S, "grace": GRACE_S}
         (docs / "outages-on-nfs.rst").write_text(report.page(scenes, **values))
         (docs / "outages-on-nfs.json").write_text(json.dumps(scenes, indent=1) + "\n")
     print(f"{len(problems)} promises not kept in {len(scenes)} outages; {minutes:.1f} minutes")

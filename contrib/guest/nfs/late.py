@@ -3,8 +3,8 @@
     python3 -m contrib.guest.nfs.late [--iohang OPTIONS]
 
 A write to each of some blocks fails, because nothing gets through. Then all connections work again but one, which has such a
-write in it; the consumer, who was told of the error, writes something else to the same blocks; then that connection works again, too.
-What the consumer has written last is to stay. With `nconnect` a later write does not wait behind an earlier one.
+write in it; the consumer, who was told of the error, writes something else to the same blocks; then that connection works again,
+too. What the consumer has written last is to stay. With `nconnect` a later write does not wait behind an earlier one.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LEASE_S = 15
-"""Of the server, for most outages: its grace period, too. By default both are 90 s, which makes 4.2's first error late."""
+"""Of the server, for most outages. Its default of 90 s makes 4.2's first error late."""
 
 DEFAULT_LEASE_S = 90
 

@@ -29,7 +29,7 @@ which takes {minutes:.0f} minutes on two cores. An outage meets all mounts at th
 On each work two consumers, one that writes and reads with O_DIRECT (QEMU with ``cache=none``), and one that writes, reads, and asks
 for an fsync until it has a good one (``cache=writeback``); both go on after an error. The mounts have ``timeo=10,retrans=1``, so
 that errors come at all. iohang-fuse has ``interval={interval}``, and ``timeout=5min`` but where a row says otherwise; the server's
-lease and its grace period are {lease} s, but where a row says otherwise.
+lease is {lease} s but where a row says otherwise, and its grace period {grace} s.
 
 *Errors*: what the consumers were told. *Lost*: bytes that were acknowledged (to the buffered consumer by an fsync that said 0), and
 are not on the server afterwards. *Stale*: blocks that were read, and did not hold what was written last. The time is that from the

@@ -19,6 +19,8 @@ EXPORT = Path("/export/vm")
 SQUASHED = Path("/export/squashed")
 """The same with root_squash, which is the default of exports(5)."""
 
+GRACE_S = 15
+
 _EXPORTS = Path("/etc/exports")
 _OPTIONS = "no_subtree_check,sync"
 
@@ -89,7 +91,7 @@ def run(*command: str | Path, text: str | None = None) -> str:
 
 
 def start_server(lease_s: int) -> None:
-    """Serve the exports; grace period and lease are *lease_s*, by the server's default 90 s."""
+    """Serve the exports, with that lease (by default it is 90 s), and a short grace period, so that nobody waits for its end."""
     if not Path("/dev/mapper/export").exists():
         run("dmsetup", "create", "export", text=_table("linear"))
         run("mke2fs", "-q", "-t", "ext4", "/dev/mapper/export")
@@ -100,7 +102,7 @@ def start_server(lease_s: int) -> None:
             directory.chmod(0o777)
         export("rw")
     Path("/etc/nfs.conf.d").mkdir(exist_ok=True)
-    Path("/etc/nfs.conf.d/times.conf").write_text(f"[nfsd]\nlease-time={lease_s}\ngrace-time={lease_s}\nthreads=8\n")
+    Path("/etc/nfs.conf.d/times.conf").write_text(f"[nfsd]\nlease-time={lease_s}\ngrace-time={GRACE_S}\nthreads=8\n")
     run("systemctl", "restart", "nfs-server")
 
 
@@ -110,8 +112,11 @@ def _table(target: str) -> str:
 
 
 def export(mode: str) -> None:
-    """`rw`, `ro`, or `none`: no longer exported, so that its handles are stale."""
-    squash = "" if mode == "none" else f"{SQUASHED} {NETWORK}(rw,root_squash,{_OPTIONS})\n"
+    """`rw`, `ro`, or `none`: no longer exported, so that its handles are stale.
+
+    A client that nothing is exported to any more gets EACCES; these still have the other one.
+    """
+    squash = f"{SQUASHED} {NETWORK}(rw,root_squash,{_OPTIONS})\n"
     whole = "" if mode == "none" else f"{EXPORT} {NETWORK}({mode},no_root_squash,{_OPTIONS})\n"
     _EXPORTS.write_text(whole + squash)
     if Path("/proc/fs/nfsd/threads").exists() and Path("/proc/fs/nfsd/threads").read_text().strip() != "0":

@@ -34,8 +34,8 @@ def errors(seen: dict[str, Any]) -> int:
 def test_packets_dropped(guest: Guest) -> None:
     """P1, P3, P9 where the error is NFS's own: "0 errors and 0 lost bytes for every outage shorter than the timeout".
 
-    And: "consumers go on within one interval + 1 s of the server's return". The kernel alone is deaf for longer: a mount that is left
-    to it is the proof that the outage was one.
+    And: "consumers go on within one interval + 1 s of the server's return". The kernel alone is deaf for longer. That the bare
+    mounts have errors is the proof that there was an outage.
     """
     scene = guest.outage("dropped")
     assert report.problems(scene) == []
