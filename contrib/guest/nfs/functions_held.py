@@ -144,7 +144,7 @@ def squashed_opened_anew(_kind: site.Kind) -> None:
             _, through, beneath = stack.enter_context(folder(kind, "anew"))
             holders[kind.name] = Holder(through / "file", user=USER), beneath / "file"
             stack.callback(holders[kind.name][0].kill)
-        outages: tuple[Callable[[], None], ...] = (lambda: _drop(LONG_OUTAGE_S), _take_exports_back)
+        outages: tuple[Callable[[], None], ...] = (lambda: _drop(LONG_OUTAGE_S), _take_export_back)
         for outage in outages:
             for holder, _ in holders.values():
                 holder.works()
@@ -164,7 +164,9 @@ def _drop(seconds: float) -> None:
     site.restore()
 
 
-def _take_exports_back() -> None:
-    site.export("none")
+def _take_export_back() -> None:
+    """The one directory. The hosts may still have another: who may have nothing any more is told EACCES, and not ESTALE."""
+    site.run("exportfs", "-u", f"{site.NETWORK}:{site.SQUASHED}")
+    site.run("exportfs", "-f")
     time.sleep(OUTAGE_S)
     site.export("rw")

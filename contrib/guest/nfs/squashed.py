@@ -94,7 +94,7 @@ def calls(here: Path) -> dict[str, Callable[[], Any]]:
         "give own away": lambda: os.chown(own, OTHER, -1),
         "mkdir": lambda: (here / "directory").mkdir(0o750),
         "create in it": lambda: _create(here / "directory" / "file"),
-        "rename": lambda: own.rename(here / "renamed"),
+        "rename": lambda: own.rename(here / "renamed").name,
         "link": lambda: (here / "linked").hardlink_to(here / "renamed"),
         "symlink": lambda: (here / "symbolic").symlink_to("renamed"),
         "unlink": (here / "linked").unlink,
