@@ -424,17 +424,44 @@ class Filesystem(pyfuse3.Operations):
             return self._entry(node, await self._do(os.fstat, node.fd))
         if not image.held.sick or image.remembered() is None:
             try:
-                attributes = await self._do(os.fstat, node.fd)
+                attributes = await self._attributes_of_image(node, image)
             except OSError as error:
                 # The outage may begin with this very call: an open image's size must not become an I/O error.
                 if error.errno not in image.held.policy.errors or image.remembered() is None:
                     raise
             else:
-                image.saw(attributes)
-                return self._entry(node, attributes)
+                if attributes is not None:
+                    image.saw(attributes)
+                    return self._entry(node, attributes)
         remembered = image.remembered()
         assert remembered is not None
         return self._entry(node, *remembered)
+
+    async def _attributes_of_image(self, node: Node, image: Image) -> os.stat_result | None:
+        """With O_DIRECT as another host has left them: a guest that comes here from there may have made its image grow.
+
+        NFS alone would remember an old size for up to a minute (`acregmax`). None if there is no answer within `blocked_after`:
+        then what is remembered must do, for the kernel may ask before each read, and that one is to count as a hang.
+        """
+        if not any(handle.direct for handle in image.handles.values()):
+            return await self._do(os.fstat, node.fd)
+        if image.remembered() is None:
+            return await self._do(source.attributes_now, node.fd)
+        if image.late in image.asking:
+            return None
+        token = object()
+
+        def ask(fd: int) -> os.stat_result:
+            image.asking.add(token)
+            try:
+                return source.attributes_now(fd)
+            finally:
+                image.asking.discard(token)
+
+        with trio.move_on_after(image.held.policy.blocked_after_s):
+            return await self._do(ask, node.fd)
+        image.late = token
+        return None
 
     @_translated
     async def setattr(

@@ -75,6 +75,9 @@ class Image:
         self.no_witness = False  # it could not be had
         self._stat: os.stat_result | None = None
         self.size = 0  # as it is since those attributes were read, by what has been written and cut
+        # Who asks SOURCE for attributes now, each in a thread; and the last one for whom it was not waited.
+        self.asking: set[object] = set()
+        self.late: object = None
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
