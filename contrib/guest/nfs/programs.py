@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 END_LIMIT_S = 60.0
 """For a program's end, once it has been asked. Bare programs may have to wait for the mount's errors."""
 
-_FATAL_BY_ITSELF = "ETIMEDOUT"
-"""For fio's continue_on_error: only EIO and EILSEQ count as errors after which one goes on."""
+_GOES_ON_AFTER = "EIO:EILSEQ:ETIMEDOUT"
+"""What fio's continue_on_error is to mean: by itself the first two, and a `softerr` mount's error would end it."""
 
 
 class Program(Protocol):
@@ -73,7 +73,7 @@ class Fio:
                 "fio", "--name=job", f"--filename={file}", f"--size={self.BYTES}", "--rw=randwrite",
                 f"--bs={self._BLOCK}", "--ioengine=libaio", "--iodepth=4", "--direct=1", "--fallocate=none",
                 "--rate_iops=40", "--time_based", "--runtime=900", "--randseed=2020", "--continue_on_error=all",
-                f"--ignore_error={','.join(3 * [f'EIO:EILSEQ:{_FATAL_BY_ITSELF}'])}",
+                f"--ignore_error={','.join(3 * [_GOES_ON_AFTER])}",
                 "--verify=crc32c", f"--verify_interval={self._SECTOR}", "--verify_backlog=16", "--verify_fatal=0",
                 f"--write_lat_log={self._logs}", "--log_offset=1", "--output-format=json",
             ],
