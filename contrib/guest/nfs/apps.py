@@ -67,7 +67,9 @@ def play(kinds: list[site.Kind], seconds: float) -> dict[str, Any]:
         everyone = [program for cell in cells.values() for program in cell]
         missing = _wait(everyone, time.monotonic(), _START_LIMIT_S)
         if missing:
-            say(f"at the start: {missing} do not work")
+            for program in everyone:
+                program.stop()
+            raise RuntimeError(f"not at work before the outage: {[(each.name, each.verdict()) for each in missing]}")
         began_s = time.monotonic()
         say(f"packets dropped, for {seconds:g} s")
         site.drop()

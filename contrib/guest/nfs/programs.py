@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import json
 import random
 import signal
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 END_LIMIT_S = 60.0
 """For a program's end, once it has been asked. Bare programs may have to wait for the mount's errors."""
 
-_GOES_ON_AFTER = "EIO:EILSEQ:ETIMEDOUT"
+_GOES_ON_AFTER = ":".join(str(number) for number in (errno.EIO, errno.EILSEQ, errno.ETIMEDOUT))
 """What fio's continue_on_error is to mean: by itself the first two, and a `softerr` mount's error would end it."""
 
 
@@ -105,6 +106,8 @@ class Fio:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return {"ended": False}
+        if "{" not in out:
+            return {"ended": True, "calls": 0, "acknowledged": 0, "errors": {err or out: 1}, "longest_s": 0.0}
         job = json.loads(out[out.index("{") : out.rindex("}") + 1])["jobs"][0]
         lines = [line for line in err.splitlines() if line.startswith("fio:") and "signal" not in line]
         done = sorted(set(self._written()))
