@@ -52,14 +52,12 @@ class Backing:
         self.apart = opened.apart
         self.unsynced = False  # whether something was written through it since it was synced: where it is *apart*
         self.device = opened.device
-        self.generation = 0  # how often it has been opened anew
         # The shell's: whether a write is in flight; how often it has failed since it last worked, and with what; when opening
-        # it anew was last tried, and why it could not be had.
+        # it anew was last tried.
         self.busy = False
         self.failures = 0
         self.errno: int | None = None
         self.renewed_s = -math.inf
-        self.refusal: OSError | None = None
         # Which way its reads and writes may go.
         self.reads_cached = opened.nowait
         self.reads_on_ring = opened.ring_reads and not opened.nowait
@@ -70,7 +68,6 @@ class Backing:
         self._now = _Description(opened.fd)
         self._lock = threading.Lock()
         self._serial = threading.Lock() if opened.flags & os.O_DSYNC else contextlib.nullcontext()
-        self._renewing = threading.Lock()
 
     def failed(self, error: OSError) -> None:
         """For the shell: an attempt has."""
@@ -210,38 +207,28 @@ class Backing:
             new = open_same(fd, flags, self._opener)
             return Backing(Opened(new, flags, stable=False, apart=self.apart, device=_device(new)), self._opener)
 
-    def renew(self, where: Where, generation: int) -> bool:
-        """Open the file anew, unless that has been done since *generation*. Returns whether it was done.
+    def renew(self, where: Where) -> bool:
+        """Open the file anew. Returns whether that was still wanted. One at a time.
 
         Raises OSError with the reason where it cannot be had; the old description then stays, and is tried again.
         """
-        # Who comes while another one opens it does not wait for that: it may take as long as an attempt.
-        if not self._renewing.acquire(blocking=False):
-            return False
-        try:
-            if self.generation != generation:
-                return False
-            with self._using() as fd:
-                new = open_again(fd, self._flags, self._opener, where)
-            device = _device(new)
-            reads_cached = self.reads_cached and without_atime(new)
-            with self._lock:  # the event loop takes it, too: no system call under it
-                closed = self._now.replaced
-                old = self._now
-                if not closed:
-                    self._now = _Description(new)
-                    self.device, self.reads_cached = device, reads_cached
-                    self.generation += 1
-                    old.replaced = True
-                    old.closed = unused = not old.users
-            if closed:  # in the meantime
-                close_quietly(new)
-                return False
-            if unused:
-                close_quietly(old.fd)
-            return True
-        finally:
-            self._renewing.release()
+        with self._using() as fd:
+            new = open_again(fd, self._flags, self._opener, where)
+        device = _device(new)
+        reads_cached = self.reads_cached and without_atime(new)
+        with self._lock:  # the event loop takes it, too: no system call under it
+            closed = self._now.replaced
+            old = self._now
+            if not closed:
+                self._now = _Description(new)
+                self.device, self.reads_cached = device, reads_cached
+                old.replaced = True
+                old.closed = unused = not old.users
+        if closed:  # in the meantime
+            close_quietly(new)
+        elif unused:
+            close_quietly(old.fd)
+        return not closed
 
     def close(self) -> None:
         """Blocks where the file system flushes on close. Raises what closing did; the descriptor is gone all the same.

@@ -28,6 +28,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 from iohang_fuse import source, syscalls
 from iohang_fuse.backing import Backing
 from iohang_fuse.inodes import ROOT, Inodes, Node
+from iohang_fuse.questions import Questions
 from iohang_fuse.source import Attributes, Caller, Found, Where
 
 if TYPE_CHECKING:
@@ -127,8 +128,15 @@ class Filesystem(pyfuse3.Operations):
         self._unwanted: list[int] = []
         self._unwanted_there = trio.Event()
         self._closing = trio.Lock()
+        self._questions = Questions(self._drop)
 
-    async def close_unwanted(self) -> None:
+    async def serve(self) -> None:
+        """What goes on besides the handlers. Never returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._questions.serve)
+            await self._keep_closing_unwanted()
+
+    async def _keep_closing_unwanted(self) -> None:
         """Close O_PATH descriptors of forgotten nodes: in a thread, because the last one of a file may cost I/O."""
         while True:
             await self._unwanted_there.wait()
@@ -223,6 +231,19 @@ class Filesystem(pyfuse3.Operations):
         self._unwanted.append(fd)
         self._unwanted_there.set()
 
+    def _drop(self, late: object) -> None:
+        for one in late if isinstance(late, list) else [late]:
+            if isinstance(one, Found):
+                self._discard(one.fd)
+
+    async def _ask(self, image: Image, call: Callable[..., T], *args: Any) -> T | None:
+        """`_with_room` about an open image; None where memory is to answer, because SOURCE does not.
+
+        The call has a share of the image's threads, also one that begins at its directory: that must leave room for others.
+        """
+        about = self._node(image.node_id).fd
+        return await self._questions.ask(image, lambda: self._with_room(_with_share_of, about, call, *args))
+
     def _looked_up(self, found: Found, parent: int, name: bytes) -> EntryAttributes:
         node, new = self._inodes.looked_up(found.key, found.fd, parent, name)
         if new:
@@ -284,19 +305,9 @@ class Filesystem(pyfuse3.Operations):
     @_translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> EntryAttributes:
         parent, caller = self._node(parent_inode), _caller(ctx)
-        if self._sick(parent_inode, name) and await self._may_search(parent, caller):
-            entry = self._remembered(parent_inode, name)
-            if entry is not None:
-                return entry
-        try:
-            found = await self._with_room(source.lookup, parent.fd, name, caller)
-        except OSError as error:
-            if not self._masked(parent_inode, name, error) or not await self._may_search(parent, caller):
-                raise
-            entry = self._remembered(parent_inode, name)
-            if entry is None:
-                raise
-            return entry
+        found = await self._found_or_remembered(parent, name, caller)
+        if isinstance(found, EntryAttributes):
+            return found
         if trio.current_time() < self._gone_s + _GONE_FOR_S and (known := self._inodes.named(parent_inode, name)):
             known.lookups += 1  # its descriptor's number must stay its own until it has been taken over
             try:
@@ -314,15 +325,28 @@ class Filesystem(pyfuse3.Operations):
             image.saw(found.stat)
         return entry
 
+    async def _found_or_remembered(self, parent: Node, name: bytes, caller: Caller) -> Found | EntryAttributes:
+        image = self._image(parent.id, name)
+        try:
+            if image is not None:
+                found = None
+                if not image.speaks_from_memory:
+                    found = await self._ask(image, source.lookup, parent.fd, name, caller)
+                found_or_remembered = found or await self._from_memory(parent, name, caller)
+                if found_or_remembered is not None:
+                    return found_or_remembered
+            return await self._with_room(source.lookup, parent.fd, name, caller)
+        except OSError as error:
+            entry = await self._from_memory(parent, name, caller) if self._masked(parent.id, name, error) else None
+            if entry is None:
+                raise
+            return entry
+
     # An open image is still found by its name while SOURCE fails: a manager's stat(2) is no reason to alarm it.
 
     def _image(self, parent: int, name: bytes) -> Image | None:
         node = self._inodes.named(parent, name)
         return None if node is None else self._requests.images.get(node.id)
-
-    def _sick(self, parent: int, name: bytes) -> bool:
-        image = self._image(parent, name)
-        return image is not None and image.held.sick and image.remembered() is not None
 
     def _masked(self, parent: int, name: bytes, error: OSError) -> bool:
         image = self._image(parent, name)
@@ -336,6 +360,9 @@ class Filesystem(pyfuse3.Operations):
         except OSError:
             return False
         return True
+
+    async def _from_memory(self, parent: Node, name: bytes, caller: Caller) -> EntryAttributes | None:
+        return self._remembered(parent.id, name) if await self._may_search(parent, caller) else None
 
     def _remembered(self, parent: int, name: bytes) -> EntryAttributes | None:
         image = self._image(parent, name)
@@ -422,9 +449,12 @@ class Filesystem(pyfuse3.Operations):
         image = self._requests.images.get(inode)
         if image is None:
             return self._entry(node, await self._do(os.fstat, node.fd))
-        if not image.held.sick or image.remembered() is None:
+        if not image.speaks_from_memory:
+            # NFS remembers a size for up to a minute (`acregmax`). But a guest that comes here from another host may have made its
+            # image grow there, and what lies behind the end is read as zeros.
+            direct = any(handle.direct for handle in image.handles.values())
             try:
-                attributes = await self._attributes_of_image(node, image)
+                attributes = await self._ask(image, source.attributes_now if direct else os.fstat, node.fd)
             except OSError as error:
                 # The outage may begin with this very call: an open image's size must not become an I/O error.
                 if error.errno not in image.held.policy.errors or image.remembered() is None:
@@ -436,32 +466,6 @@ class Filesystem(pyfuse3.Operations):
         remembered = image.remembered()
         assert remembered is not None
         return self._entry(node, *remembered)
-
-    async def _attributes_of_image(self, node: Node, image: Image) -> os.stat_result | None:
-        """With O_DIRECT as another host has left them: a guest that comes here from there may have made its image grow.
-
-        NFS alone would remember an old size for up to a minute (`acregmax`). None if there is no answer within `blocked_after`:
-        then what is remembered must do, for the kernel may ask before each read, and that one is to count as a hang.
-        """
-        if not any(handle.direct for handle in image.handles.values()):
-            return await self._do(os.fstat, node.fd)
-        if image.remembered() is None:
-            return await self._do(source.attributes_now, node.fd)
-        if image.late in image.asking:
-            return None
-        token = object()
-
-        def ask(fd: int) -> os.stat_result:
-            image.asking.add(token)
-            try:
-                return source.attributes_now(fd)
-            finally:
-                image.asking.discard(token)
-
-        with trio.move_on_after(image.held.policy.blocked_after_s):
-            return await self._do(ask, node.fd)
-        image.late = token
-        return None
 
     @_translated
     async def setattr(
@@ -601,19 +605,21 @@ class Filesystem(pyfuse3.Operations):
     async def _look_up_listed(self, listing: _Listing, names: Sequence[bytes]) -> list[Found | EntryAttributes | None]:
         """What is behind *names*: up to the first that cannot be looked up, which is an error only in the first place."""
         parent = listing.node.id
-        sick = {name for name in names if self._sick(parent, name)}
-        wanted = [name for name in names if name not in {b".", b"..", *sick}]
+        opened = {name: image for name in names if (image := self._image(parent, name)) is not None}
+        wanted = [name for name in names if name not in {b".", b"..", *opened}]
         there: dict[bytes, Found | OSError | EntryAttributes | None] = {}
-        if len(wanted) + len(sick) < len(names):
+        if len(wanted) + len(opened) < len(names):
             there |= self._dots(listing.node, await self._do(os.fstat, listing.node.fd))
         found = await self._with_room(source.lookup_listed, listing.node.fd, wanted, listing.caller)
         there |= zip(wanted, found, strict=True)
+        there |= await self._look_up_open(listing, opened)
         entries: list[Found | EntryAttributes | None] = []
         for name in names:
             one = there.get(name)
-            if name in sick or (isinstance(one, OSError) and self._masked(parent, name, one)):
+            unanswered = name in opened and name not in there
+            if unanswered or (isinstance(one, OSError) and self._masked(parent, name, one)):
                 one = self._remembered(parent, name) or one
-            if isinstance(one, OSError) or (one is None and name in sick):
+            if isinstance(one, OSError) or (one is None and unanswered):
                 break
             entries.append(one)
         rest = [there.get(name) for name in names[len(entries) :]]
@@ -623,6 +629,24 @@ class Filesystem(pyfuse3.Operations):
         if not entries and isinstance(rest[0], OSError):
             raise rest[0]
         return entries
+
+    async def _look_up_open(self, listing: _Listing, opened: dict[bytes, Image]) -> dict[bytes, Found | OSError | None]:
+        """The same for the names of open images; one for which memory is to answer is left out."""
+        there: dict[bytes, Found | OSError | None] = {}
+
+        async def look_up(name: bytes, image: Image) -> None:
+            try:
+                found = await self._ask(image, source.lookup_listed, listing.node.fd, [name], listing.caller)
+            except OSError as error:
+                there[name] = error
+            else:
+                there.update(zip([name], found or [], strict=False))
+
+        async with trio.open_nursery() as nursery:  # all at once: each may take `blocked_after`
+            for name, image in opened.items():
+                if not image.speaks_from_memory:
+                    nursery.start_soon(look_up, name, image)
+        return there
 
     def _dots(self, directory: Node, attributes: os.stat_result) -> dict[bytes, EntryAttributes]:
         """`.` and `..`, of which the kernel takes the inode number alone, and counts no lookup."""
@@ -678,6 +702,8 @@ class Filesystem(pyfuse3.Operations):
         if handle.image.where is None:
             handle.image.where = functools.partial(self._where, node)
             handle.image.sampled = not node.key.handle
+        if opened.attributes is not None and handle.image.remembered() is None:
+            handle.image.saw(opened.attributes)
         handle.image.set_id |= opened.set_id
         handle.image.wrote(opened.size)
         return handle
@@ -731,6 +757,10 @@ def _one_answer(names: Sequence[bytes], position: int) -> Sequence[bytes]:
         if room < 0:
             return names[position:end]
     return names[position:]
+
+
+def _with_share_of(_about: int, call: Callable[..., T], *args: Any) -> T:
+    return call(*args)
 
 
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:

@@ -570,8 +570,8 @@ async def _serve(
     try:
         async with trio.open_nursery() as nursery:
             filesystem.nursery = nursery
-            nursery.start_soon(filesystem.close_unwanted)
-            nursery.start_soon(requests.engine.serve)
+            nursery.start_soon(filesystem.serve)
+            nursery.start_soon(requests.serve, nursery)
             nursery.start_soon(_unmount_at_signal, mountpoint, nursery.cancel_scope)
             nursery.start_soon(_announce, mountpoint, f"{directory} is served at {mountpoint}", trigger, seed)
             await receiver.main()

@@ -214,7 +214,7 @@ class _Server:
         limits.alarm_clock()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(filesystem.close_unwanted)
+                nursery.start_soon(filesystem.serve)
                 nursery.start_soon(self._requests.serve, nursery)
                 nursery.start_soon(self._unmounting.serve, nursery, functools.partial(_end_now, nursery))
                 nursery.start_soon(_aside, self._event_log.serve)

@@ -9,10 +9,13 @@
    before it is answered; a read gets what is in it; an fsync is answered when what was in it is stable (P3).
 5. Linux reports a failed writeback once to each open file description. So an image has one that is for syncs alone, its
    *witness*: open since before anything in the log was written, and used by one sync at a time, it misses no report.
+6. An open(2) may never return (NFS 4, on soft mounts, too). So it is no part of an attempt: it is an `Opening`, which
+   requests wait for and leave behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -43,6 +46,19 @@ _FAILURES_OF_THE_DEAD = 2
 """From the second failure on, it may be the descriptor: the next attempt opens the file anew. ESTALE says so itself."""
 
 
+class Opening:
+    """An open(2) of an image's file under way, for a description to replace a dead one or for a witness.
+
+    NFS 4 has it wait without bound for a lease to be renewed, and for the end of a server's grace period, while reads and writes
+    fail or work. It writes nothing, so whoever waits for it may be answered before it returns.
+    """
+
+    def __init__(self, began_s: float) -> None:
+        self.began_s = began_s
+        self.over = trio.Event()
+        self.error: Exception | None = None
+
+
 class Image:
     """One open inode: its handles, its rehandle list, its write log, and its attributes as last seen."""
 
@@ -66,18 +82,17 @@ class Image:
         self.writing: dict[Request, tuple[int, float]] = {}  # first byte and end, of the attempts in flight
         self.recovering = False  # the log is being written again
         self.sync_in_flight = False
-        self.bystanders = trio.lowlevel.ParkingLot()  # who waits for one of those three to change
+        self.opening: Opening | None = None  # one at a time, so that they never have more than one thread
+        self.bystanders = trio.lowlevel.ParkingLot()  # who waits for one of those four to change
         self.syncs = 0  # that have begun
         self.synced = {True: 0, False: 0}  # the latest of these that has succeeded, for data alone and for all
         self.resizes = 0  # changes of size that have begun or ended
         self.witness: Backing | None = None
-        self.opening_witness = False  # a writer is about to
         self.no_witness = False  # it could not be had
         self._stat: os.stat_result | None = None
         self.size = 0  # as it is since those attributes were read, by what has been written and cut
-        # Who asks SOURCE for attributes now, each in a thread; and the last one for whom it was not waited.
-        self.asking: set[object] = set()
-        self.late: object = None
+        self.questions: set[trio.Event] = set()  # of those who wait for SOURCE's word on attributes: see questions.py
+        self.unanswered = 0  # of which nobody waits for the word any more, and it has not come
 
     def saw(self, attributes: os.stat_result) -> None:
         """Remember attributes that SOURCE has just given."""
@@ -109,8 +124,13 @@ class Image:
         """Attributes from memory and the size with them, for `stat` while the image hangs."""
         return None if self._stat is None else (self._stat, self.size)
 
+    @property
+    def speaks_from_memory(self) -> bool:
+        """Whether SOURCE is not to be asked for attributes: it would not answer, and memory can."""
+        return self._stat is not None and (self.held.sick or self.unanswered > 0)
+
     def open_witness(self, writer: Backing, transient: frozenset[int]) -> None:
-        """Open the witness, if it can be had. In a thread, by one writer at a time, before anything is written.
+        """Open the witness, if it can be had. In a thread, before anything is written.
 
         Raises what is *transient*. Nothing else is a reason to fail a write: who may open the file no more, no descriptor left,
         a file system that finds an unlinked file no more.
@@ -368,16 +388,15 @@ class Requests:
 
         Not for that write: it may not return, and others must not wait for it (P4).
         """
-        image = handle.image
-        await self._wait(image, request, lambda: image.opening_witness)
-        if image.witness is not None or image.no_witness:
-            return
-        image.opening_witness = True
-        try:
-            await self._fly(handle, request, lambda: image.open_witness(handle.backing, self._policy.errors))
-        finally:
-            image.opening_witness = False
-            image.bystanders.unpark_all()
+        image, backing = handle.image, handle.backing
+        await self._revive(handle, request)
+        await self._wait(image, request, lambda: self._is_awaited(image.opening))
+        if image.opening is None and image.witness is None and not image.no_witness:
+            try:
+                await self._opened(image, request, lambda: image.open_witness(backing, self._policy.errors))
+            except OSError as error:
+                backing.failed(error)
+                raise
 
     def _written(self, handle: Handle, offset: int, data: bytes, errors_before: int) -> None:
         """A write has succeeded, and is about to be acknowledged."""
@@ -461,6 +480,7 @@ class Requests:
     async def _recover(self, handle: Handle, request: Request, *, data_only: bool) -> None:
         """A sync, after a report of a failed writeback may have been used up: open anew, write the log again, sync."""
         image = handle.image
+        await self._open_all(handle, request)
         image.recovering = True  # from here on, a write that overlaps the log waits
         try:
             await self._wait(
@@ -471,14 +491,10 @@ class Requests:
             backing = image.to_sync(handle)
             if backing is None:
                 return
-            renew, others = self._renewal(image, backing), image.writers(backing)
-            renew_others = [self._renewal(image, other) for other in others]
-
+            others = image.writers(backing)
             began_s, fenced = trio.current_time(), bool(image.held.fences)
 
             def work() -> int:
-                for each in (*renew_others, renew):
-                    each()
                 if fenced:
                     self._ask(backing)
                 if any(_on_two_mounts(other, backing) for other in others):
@@ -490,7 +506,6 @@ class Requests:
                 size = await self._attempt(handle, request, work)
             finally:
                 image.log.unsettle()
-                self._report_refusal(image, backing)
             image.held.fences.lift(began_s)
             image.log.trust(doubts)
             if image.log.seq != mark:
@@ -501,17 +516,35 @@ class Requests:
             image.bystanders.unpark_all()
         log.debug("%s: %d writes were written again, and synced", image.held.image, len(writes))
 
+    async def _open_all(self, handle: Handle, request: Request) -> None:
+        """Open anew all through which the image may be written, and what a sync uses, or fail the attempt of that sync.
+
+        A witness that is replaced while the log is not in doubt may miss a report. So until it has been replaced no sync counts,
+        however late that is. Without a witness, and with nothing in the log, there is nothing that could be missed.
+        """
+        image = handle.image
+        await self._wait(image, request, lambda: self._is_awaited(image.opening))
+        backing, done = image.to_sync(handle), False
+        if backing is not None and image.opening is None:
+            done = await self._opened(image, request, self._renewal(image, *image.writers(backing), backing))
+        if not done and (image.witness is not None or image.log):
+            raise self._last_error(image, request)
+
     async def _wait(self, image: Image, request: Request, obstacle: Callable[[], bool]) -> None:
         """Wait inside an attempt, before its system call, while there is an *obstacle*; until its deadline at most."""
         while obstacle():
             if image.held.sick:
                 image.held.limit_wait(request, trio.current_time())
             if request.deadline_s is not None and trio.current_time() >= request.deadline_s:
-                number = request.errno or image.held.errno or errno.EIO
-                number = number if number in self._policy.errors else min(self._policy.errors)
-                raise OSError(number, os.strerror(number))
+                raise self._last_error(image, request)
             with trio.move_on_after(1):  # the deadline may be set, or an operator move it, while this waits
                 await image.bystanders.park()
+
+    def _last_error(self, image: Image, request: Request) -> OSError:
+        """For an attempt that comes to its end before its system call."""
+        number = request.errno or image.held.errno or errno.EIO
+        number = number if number in self._policy.errors else min(self._policy.errors)
+        return OSError(number, os.strerror(number))
 
     async def run(
         self,
@@ -643,14 +676,13 @@ class Requests:
     async def _fly(self, handle: Handle, request: Request, work: Callable[[], T]) -> T:
         """Have *work* done; where *handle* seems to be dead, on a backing file that is opened anew."""
         backing = handle.backing
+        if backing.failures:
+            await self._revive(handle, request)
         try:
-            result = await self._attempt(handle, request, self._revived(handle, work) if backing.failures else work)
+            result = await self._attempt(handle, request, work)
         except OSError as error:
             backing.failed(error)
             raise
-        finally:
-            if backing.refusal is not None:
-                self._report_refusal(handle.image, backing)
         backing.failures = 0
         return result
 
@@ -660,38 +692,75 @@ class Requests:
         # The answer may have come on one connection, and what was given up wait in another one.
         self.unblock()
 
-    def _revived(self, handle: Handle, work: Callable[[], T]) -> Callable[[], T]:
-        """*work*, before which the file is opened anew if it has failed often enough and that was not just tried."""
+    # ---- open(2), which may never return
+
+    async def _revive(self, handle: Handle, request: Request) -> None:
+        """Have the file opened anew where *handle* has failed often enough and that was not just tried, nor is under way."""
         image, backing = handle.image, handle.backing
-        seems_dead = backing.failures >= (1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD)
-        if not seems_dead or trio.current_time() < backing.renewed_s + self._policy.interval_s / 2:
-            return work
-        renew = self._renewal(image, backing)
+        enough = 1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD
+        tried_s = trio.current_time() - backing.renewed_s
+        if backing.failures >= enough and tried_s >= self._policy.interval_s / 2 and image.opening is None:
+            await self._opened(image, request, self._renewal(image, backing))
 
-        def attempt() -> T:
-            renew()
-            return work()
+    async def _opened(self, image: Image, request: Request, work: Callable[[], OSError | None]) -> bool:
+        """Have *work* open the image's file. Returns whether that is over: who has waited for `blocked_after` waits no longer."""
+        opening = self._open(image, work)
+        await self._wait(image, request, lambda: self._is_awaited(opening))
+        if opening.error is not None:
+            raise opening.error
+        return opening.over.is_set()
 
-        return attempt
+    def _is_awaited(self, opening: Opening | None) -> bool:
+        return (
+            opening is not None
+            and not opening.over.is_set()
+            and trio.current_time() < opening.began_s + self._policy.blocked_after_s
+        )
 
-    def _renewal(self, image: Image, backing: Backing) -> Callable[[], None]:
-        """What opens *backing* anew, in a thread; if that cannot be, the old description is tried again."""
-        backing.renewed_s = trio.current_time()
+    def _open(self, image: Image, work: Callable[[], OSError | None]) -> Opening:
+        """Begin *work*, which opens the image's file, or says why not. No other may be under way."""
+        assert image.opening is None
+        assert self._nursery is not None
+        opening = image.opening = Opening(trio.current_time())
+        self._nursery.start_soon(self._see_it_open, image, opening, work, name=f"open of {image.held.image}")
+        return opening
+
+    async def _see_it_open(self, image: Image, opening: Opening, work: Callable[[], OSError | None]) -> None:
+        try:
+            self._report_refusal(image, await self.engine.flight(work, lambda: None).land())
+        except OSError as error:
+            opening.error = error
+        except Exception as error:  # who waited for it may have gone
+            log.exception("%s: a bug in opening it anew; the mount stays", image.held.image)
+            opening.error = error
+        finally:
+            image.opening = None
+            opening.over.set()
+            image.bystanders.unpark_all()
+        if image.witness is not None and not any(handle.writable for handle in image.handles.values()):
+            late, image.witness = image.witness, None  # the last writer has gone in the meantime
+            with contextlib.suppress(OSError):
+                await self.engine.flight(late.close, lambda: None).land()
+
+    def _renewal(self, image: Image, *backings: Backing) -> Callable[[], OSError | None]:
+        """What opens them anew, in a thread. Where that cannot be, the old description is tried again; returns why."""
         where = image.where(image.stable_size)._replace(samples=tuple(image.samples)) if image.where else None
-        generation = backing.generation
+        for backing in backings:
+            backing.renewed_s = trio.current_time()
 
-        def renew() -> None:
-            try:
-                backing.refusal = None
-                if where is not None:
-                    backing.renew(where, generation)
-            except OSError as error:
-                backing.refusal = error
+        def renew() -> OSError | None:
+            refusal = None
+            for backing in backings:
+                try:
+                    if where is not None:
+                        backing.renew(where)
+                except OSError as error:
+                    refusal = error
+            return refusal
 
         return renew
 
-    def _report_refusal(self, image: Image, backing: Backing) -> None:
-        refusal = backing.refusal
+    def _report_refusal(self, image: Image, refusal: OSError | None) -> None:
         if refusal is None or (refusal.errno in self._policy.errors and not isinstance(refusal, NotTheSame)):
             return  # that the storage fails, everybody knows by now
         text = refusal.strerror or str(refusal)
@@ -825,6 +894,8 @@ class Requests:
             if image.timer is None:
                 image.timer = trio.CancelScope()
                 self._nursery.start_soon(self._keep_time, image, image.timer, name=f"timer of {image.held.image}")
+                for asked in image.questions:
+                    asked.set()
             image.timer.deadline = image.held.next_tick_s
         elif image.timer is not None:
             image.timer.cancel()
@@ -892,14 +963,16 @@ class Requests:
             self._apply(image, image.held.closed(started_s))
         else:
             backing, offset, readable = handle.backing, image.held.offset, handle.readable
-            renew = self._renewal(image, backing)
 
             def work() -> object:
-                renew()  # all its descriptors may be dead, and whoever comes is answered without a second attempt
                 backing.ask()  # what follows may be answered by the page cache
                 return backing.read(offset, 512) if readable else backing.sync(data_only=True)
 
+            # All its descriptors may be dead, and whoever comes is answered without a second attempt.
+            opening = image.opening or self._open(image, self._renewal(image, backing))
             handle.in_use += 1
+            with trio.move_on_at(opening.began_s + self._policy.blocked_after_s):
+                await opening.over.wait()
             try:
                 await self.engine.flight(work, handle.returned).land()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is no sign that the image works

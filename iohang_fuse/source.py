@@ -388,6 +388,7 @@ class Opened(NamedTuple):
     ring_writes: bool = False
     set_id: bool = False
     size: int = 0
+    attributes: os.stat_result | None = None  # as they were then
 
 
 class Where(NamedTuple):
@@ -509,6 +510,7 @@ def _opened(data: int, kept: int, *, direct: bool) -> Opened:
         ring_writes=ring,
         set_id=bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID)),
         size=attributes.st_size,
+        attributes=attributes,
     )
 
 

@@ -211,4 +211,5 @@ class Shell:
         requests = Requests(policy, held_limit, [events.append], engine=sky)  # type: ignore[arg-type]
         handle = requests.opened(7, "disk.img", FakeBacking(storage), flags)
         nursery.start_soon(requests.serve, nursery)
+        requests._nursery = nursery  # a test's first request comes before `serve` runs
         return cls(requests, handle, storage, sky, events)

@@ -298,7 +298,9 @@ class Flight:
         before_s, after_s = self._sky.takes_s()
         await trio.sleep(before_s)
         self.perform()
-        assert self._result is not None
+        while self._result is None:  # an open(2) waits
+            await trio.sleep(0.5)
+            self.perform()
         if after_s:
             await trio.sleep(after_s)
         if self._task is None:
@@ -344,6 +346,7 @@ class Weather:
     errno: int = errno.EIO
     effects: tuple[str, ...] = ("none",)
     slow_s: float = 0.01
+    opens_wait: bool = False  # until it is over: the lease of NFS 4, or its server's grace period
 
 
 class Settings:
@@ -499,6 +502,7 @@ class Simulation:
                 async with trio.open_nursery() as serving:
                     self.serving = serving
                     serving.start_soon(self.requests.serve, serving)
+                    await trio.lowlevel.checkpoint()
                     await self._live()
                     serving.cancel_scope.cancel()
 
@@ -556,6 +560,8 @@ class Simulation:
 
     def _meanwhile(self, call: str) -> None:
         """What happens while a thread enters the kernel."""
+        if self.weather.opens_wait and call.startswith("open_"):
+            raise WouldBlock
         dice = self.dice
         what = dice.random()
         if what < 0.08:
@@ -614,6 +620,8 @@ class Simulation:
             if dice.random() >= self.set.badness:
                 continue
             lasts_s = self._spoil()
+            if self.weather.opens_wait:
+                lasts_s = dice.choice([lasts_s, 1000.0])  # what waits for it is not given up in time
             await trio.sleep(lasts_s)
             self._clear_up()
 
@@ -632,13 +640,15 @@ class Simulation:
             [("none",), ("none", "whole", "part"), ("none", "late"), ("none", "part", "whole", "late")]
         )
         number = dice.choice(ERRNOS)
-        what = dice.choice("outage outage flaky writeback writeback full slow stale remount replaced".split())
+        what = dice.choice("outage outage flaky writeback writeback full slow stale remount replaced grace".split())
         self.note(f"weather: {what}")
         lasts_s = dice.choice([0.1, 1.0, 5.0, 30.0, 80.0])
         slow_s = dice.choice([0.01, 0.5, 8.0])
         match what:
-            case "outage":
-                self.weather = Weather(1.0, 1.0, number, effects, slow_s)
+            case "outage" | "grace":  # and in a grace period, what is open works
+                down = float(what == "outage")
+                opens_wait = what == "grace" or dice.random() < 0.5
+                self.weather = Weather(down, down, number, effects, slow_s, opens_wait)
             case "flaky":
                 self.weather = Weather(0.3, 0.3, number, effects, slow_s)
             case "writeback":

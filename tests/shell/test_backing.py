@@ -299,21 +299,12 @@ def test_a_dead_descriptor_is_replaced(opened: Callable[..., Backing], file: Pat
     """Section 4: "opens the file anew by its name": reads and writes go on, and the old description is closed."""
     backing = opened()
     old = fd_of(backing)
-    assert backing.renew(where(file), 0)
+    assert backing.renew(where(file))
     assert fd_of(backing) != old
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(old)
     backing.write(0, b"anew")
     assert backing.read(0, 4) == b"anew"
-
-
-def test_it_is_opened_anew_once_for_all_that_failed(opened: Callable[..., Backing], file: Path) -> None:
-    """Of many requests that failed on one description, the first opens the file anew, and the others use that."""
-    backing = opened()
-    assert backing.renew(where(file), backing.generation)
-    new = fd_of(backing)
-    assert not backing.renew(where(file), 0)
-    assert fd_of(backing) == new
 
 
 def test_an_attempt_keeps_its_description_to_the_end(
@@ -334,7 +325,7 @@ def test_an_attempt_keeps_its_description_to_the_end(
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(backing.read, 0, 10)
         inside.wait(10)
-        backing.renew(where(file), 0)
+        backing.renew(where(file))
         os.fstat(old)
         go_on.set()
         assert reading.result(10) == file.read_bytes()[:10]
@@ -353,7 +344,7 @@ def test_flags_of_the_open_do_not_survive(file: Path, extra: int) -> None:
     finally:
         os.close(fd)
     try:
-        backing.renew(where(file), 0)
+        backing.renew(where(file))
         flags = fcntl.fcntl(fd_of(backing), fcntl.F_GETFL)
         assert not flags & (os.O_APPEND | os.O_TRUNC)
         assert flags & os.O_DSYNC
@@ -368,7 +359,7 @@ def test_a_file_that_was_moved_is_found_through_its_descriptor(opened: Callable[
     at = where(file)
     file.rename(file.with_name("moved"))
     file.write_bytes(b"another")
-    assert backing.renew(at, 0)
+    assert backing.renew(at)
     backing.write(0, b"mine")
     assert file.read_bytes() == b"another"
     assert file.with_name("moved").read_bytes()[:4] == b"mine"
@@ -415,11 +406,10 @@ def test_another_file_is_never_taken_for_the_same(
 
     monkeypatch.setattr(source.os, "open", dead)
     with pytest.raises(NotTheSame, match=reason) as caught:
-        backing.renew(at, 0)
+        backing.renew(at)
     monkeypatch.undo()
     assert caught.value.errno == errno.ESTALE
     assert fd_of(backing) == old
-    assert backing.generation == 0
 
 
 def test_an_inode_number_that_is_used_again_is_another_file(opened: Callable[..., Backing], file: Path) -> None:
@@ -439,7 +429,7 @@ def test_a_file_without_a_name_is_found_through_its_descriptor(opened: Callable[
     backing = opened()
     at = where(file)._replace(path=None)
     file.unlink()
-    assert backing.renew(at, 0)
+    assert backing.renew(at)
     backing.write(0, b"x")
     assert backing.read(0, 1) == b"x"
 

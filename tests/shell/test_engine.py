@@ -571,7 +571,7 @@ def test_reads_do_not_change_the_time_of_the_last_access(cached: Backing, path: 
 
     assert flags() & os.O_NOATIME
     where = Where(str(path.parent), path.name.encode(), path.stat().st_ino, b"", 0)
-    assert cached.renew(where, 0)
+    assert cached.renew(where)
     assert flags() & os.O_NOATIME
     assert cached.reads_cached
 
@@ -626,6 +626,6 @@ def test_nothing_that_may_wait_is_done_under_the_lock_that_the_loop_takes(
     monkeypatch.setattr(backing_module, "os", Watched())
     monkeypatch.setattr(backing_module, "without_atime", without_atime)
     where = Where(str(path.parent), path.name.encode(), path.stat().st_ino, b"", 0)
-    assert cached.renew(where, 0)
+    assert cached.renew(where)
     cached.sync(data_only=True)
     assert {"fstat", "fcntl", "close", "fdatasync"} <= {*calls}

@@ -10,18 +10,24 @@ too. What the consumer has written last is to stay. With `nconnect` a later writ
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import mmap
+import multiprocessing
 import os
 import re
 import sys
-import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from contrib.guest.nfs import site
 from contrib.guest.nfs.load import BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from multiprocessing.connection import Connection
+    from pathlib import Path
 
 KINDS = (
     site.Kind("late-v3", f"vers=3,soft,{site.QUICK},nolock", 21),
@@ -31,82 +37,101 @@ KINDS = (
 
 IOHANG = "timeout=3,interval=1"
 
-_BLOCKS = 16
+_BLOCKS = 6
 _LANDS_S = 45
 """A connection that was cut off for 20 s or so sends again within that time (the kernel doubles its pauses)."""
 _LIMIT_S = 120
 
 
-@dataclass(slots=True)
 class Writer:
-    """The consumer of one image."""
+    """The consumer of one image, in a process of its own: one that has it open must not fork and exec (scene.Hand says why)."""
 
-    fd: int
-    failed: set[int]
+    def __init__(self, image: Path) -> None:
+        self._ours, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("fork").Process(target=_serve, args=(theirs, image), daemon=True)
+        self._process.start()
+        theirs.close()
 
-    def write(self, block: int, letter: bytes) -> bool:
-        """One block full of *letter*, by O_DIRECT."""
-        buffer = mmap.mmap(-1, BLOCK_BYTES)
-        buffer[:] = letter * BLOCK_BYTES
-        try:
-            return os.pwritev(self.fd, [buffer], block * BLOCK_BYTES) == BLOCK_BYTES
-        except OSError:
-            return False
+    def write(self, letter: str, blocks: Sequence[int]) -> set[int]:
+        """These blocks, at once, full of *letter*. Returns those whose write has failed."""
+        self._ours.send((letter, blocks))
+        if not self._ours.poll(_LIMIT_S):
+            raise TimeoutError(f"no answer to a write within {_LIMIT_S} s")
+        failed: set[int] = self._ours.recv()
+        return failed
 
-    def write_all(self, letter: bytes) -> None:
-        """All blocks at once; which have failed."""
-        threads = [threading.Thread(target=self._try, args=(block, letter)) for block in range(_BLOCKS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _try(self, block: int, letter: bytes) -> None:
-        if not self.write(block, letter):
-            self.failed.add(block)
+    def close(self) -> None:
+        """End it."""
+        self._ours.send(None)
+        self._process.join(_LIMIT_S)
 
 
-def play(kind: site.Kind, way: str) -> dict[str, Any]:
+def _serve(orders: Connection, image: Path) -> None:
+    fd = os.open(image, os.O_RDWR | os.O_DIRECT)
+    with ThreadPoolExecutor(_BLOCKS) as pool:
+        while order := orders.recv():
+            letter, blocks = order
+            written = pool.map(functools.partial(_write, fd, letter), blocks)
+            orders.send({block for block, good in zip(blocks, written, strict=True) if not good})
+
+
+def _write(fd: int, letter: str, block: int) -> bool:
+    buffer = mmap.mmap(-1, BLOCK_BYTES)
+    buffer[:] = letter.encode() * BLOCK_BYTES
+    try:
+        return os.pwritev(fd, [buffer], block * BLOCK_BYTES) == BLOCK_BYTES
+    except OSError:
+        return False
+
+
+def begin(kind: site.Kind, way: str) -> Writer:
+    """A consumer with its image."""
+    name = _image(kind, way)
+    (kind.export / name).write_bytes(b"0" * BLOCK_BYTES * _BLOCKS)
+    return Writer((kind.bare if way == "bare" else kind.iohang) / name)
+
+
+def _image(kind: site.Kind, way: str) -> str:
+    return f"{kind.name}-{way}.img"
+
+
+def play(kind: site.Kind, way: str, writer: Writer) -> dict[str, Any]:
     """The whole story, on one mount."""
-    directory, host = (kind.bare, kind.host) if way == "bare" else (kind.iohang, site.other(kind.host))
-    name = f"{kind.name}-{way}.img"
-    image = kind.export / name
-    image.write_bytes(b"0" * BLOCK_BYTES * _BLOCKS)
-    writer = Writer(os.open(directory / name, os.O_RDWR | os.O_DIRECT), set())
-    writer.write_all(b"1")  # each connection has been used
+    host = kind.host if way == "bare" else site.other(kind.host)
+    everything = range(_BLOCKS)
+    writer.write("1", everything)  # each connection has been used
     _drop(host, None)
     began_s = time.monotonic()
-    writer.write_all(b"X")
+    failed = writer.write("X", everything)
     failed_s = time.monotonic() - began_s
     waiting = _unsent(host)
-    left = max(waiting, key=lambda port: waiting[port], default=0)
-    _drop(host, left)
-    rewritten_s = _rewrite(writer)
-    _restore()
+    _drop(host, max(waiting, key=lambda port: waiting[port], default=0))
+    rewritten_s = _rewrite(writer, failed)
+    _restore(host)
     time.sleep(_LANDS_S)
-    os.close(writer.fd)
-    data = image.read_bytes()
+    writer.close()
+    data = (kind.export / _image(kind, way)).read_bytes()
     found = "".join(chr(data[block * BLOCK_BYTES]) for block in range(_BLOCKS))
     return {
         "kind": kind.name,
         "way": way,
-        "failed": len(writer.failed),
+        "failed": len(failed),
         "failed_after_s": round(failed_s, 1),
         "unsent_bytes": waiting,
         "rewritten_after_s": round(rewritten_s, 1),
         "found": found,
-        "overwritten": sum(found[block] != "Y" for block in writer.failed),
+        "overwritten": sum(found[block] != "Y" for block in failed),
     }
 
 
-def _rewrite(writer: Writer) -> float:
+def _rewrite(writer: Writer, failed: set[int]) -> float:
     """Write something else to each block whose write has failed, until it succeeds."""
     began_s = time.monotonic()
-    for block in sorted(writer.failed):
-        while not writer.write(block, b"Y"):
-            if time.monotonic() > began_s + _LIMIT_S:
-                raise TimeoutError(f"block {block} could not be written again within {_LIMIT_S} s")
-            time.sleep(0.2)
+    left = failed
+    while left := writer.write("Y", sorted(left)):
+        if time.monotonic() > began_s + _LIMIT_S:
+            raise TimeoutError(f"blocks {left} could not be written again within {_LIMIT_S} s")
+        time.sleep(0.2)
     return time.monotonic() - began_s
 
 
@@ -124,12 +149,12 @@ def _drop(host: int, port: int | None) -> None:
     """Nothing of *host* gets through; or only its connection from *port* is cut off."""
     source = f"ip saddr 10.77.0.{host} tcp dport 2049"
     rule = f"{source} drop" if port is None else f"{source} tcp sport {port} drop"
-    table = f"table inet late {{\n chain in {{\n type filter hook input priority 0;\n {rule}\n }}\n}}\n"
-    site.run("nft", "-f", "-", text=f"table inet late\ndelete table inet late\n{table}")
+    table = f"table inet late{host} {{\n chain in {{\n type filter hook input priority 0;\n {rule}\n }}\n}}\n"
+    site.run("nft", "-f", "-", text=f"table inet late{host}\ndelete table inet late{host}\n{table}")
 
 
-def _restore() -> None:
-    site.run("nft", "delete", "table", "inet", "late")
+def _restore(host: int) -> None:
+    site.run("nft", "delete", "table", "inet", f"late{host}")
 
 
 def main() -> None:
@@ -137,14 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iohang", default=IOHANG, help="its options")
     options = parser.parse_args().iohang
-    seen = []
     for kind in KINDS:
         site.mount(kind)
         site.mount_iohang(kind, options)
-    for kind in KINDS:
-        for way in ("bare", "iohang"):
-            print(f"late: {kind.name}, {way}", file=sys.stderr, flush=True)
-            seen.append(play(kind, way))
+    stories = [(kind, way) for kind in KINDS for way in ("bare", "iohang")]
+    writers = [begin(*story) for story in stories]  # they fork; no thread is there yet
+    with ThreadPoolExecutor(len(stories)) as pool:
+        seen = list(pool.map(lambda story, writer: play(story[0], story[1], writer), stories, writers))
     for kind in KINDS:
         site.unmount(kind)
     json.dump(seen, sys.stdout)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -153,14 +154,14 @@ def expire_clients() -> None:
 
 
 def fill_disk() -> None:
-    """Until nothing more fits, for root neither."""
+    """Until not one more block fits, for root neither."""
     with (EXPORT / "filler").open("wb", buffering=0) as filler:
-        chunk = bytes(1 << 20)
-        while chunk:
+        size = 1 << 26
+        while size >= 4096:
             try:
-                filler.write(chunk)
+                os.posix_fallocate(filler.fileno(), filler.seek(0, os.SEEK_END), size)
             except OSError:
-                chunk = chunk[: len(chunk) // 2 // 4096 * 4096]
+                size //= 2
 
 
 def empty_disk() -> None:
