@@ -450,8 +450,11 @@ class Filesystem(pyfuse3.Operations):
         if image is None:
             return self._entry(node, await self._do(os.fstat, node.fd))
         if not image.speaks_from_memory:
+            # NFS remembers a size for up to a minute (`acregmax`). But a guest that comes here from another host may have made its
+            # image grow there, and what lies behind the end is read as zeros.
+            direct = any(handle.direct for handle in image.handles.values())
             try:
-                attributes = await self._ask(image, os.fstat, node.fd)
+                attributes = await self._ask(image, source.attributes_now if direct else os.fstat, node.fd)
             except OSError as error:
                 # The outage may begin with this very call: an open image's size must not become an I/O error.
                 if error.errno not in image.held.policy.errors or image.remembered() is None:

@@ -26,6 +26,7 @@ _AT_FDCWD = -100
 _AT_EACCESS = 0x200
 _AT_EMPTY_PATH = 0x1000
 _UTIME_OMIT = (1 << 30) - 2  # linux/stat.h
+_AT_STATX_FORCE_SYNC, _STATX_SIZE, _STATX_BYTES = 0x2000, 0x200, 256  # linux/fcntl.h, linux/stat.h
 
 MNT_FORCE, MNT_DETACH = 1, 2
 
@@ -104,6 +105,12 @@ def set_times(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
         *(_Timespec(*((0, _UTIME_OMIT) if ns is None else divmod(ns, 1_000_000_000))) for ns in (atime_ns, mtime_ns))
     )
     _check(_libc.utimensat(_AT_FDCWD, path.encode(), times, 0), path.encode())
+
+
+def ask_for_size(fd: int) -> None:
+    """Have a network file system ask its server for the size of *fd*, whatever it remembers; fstat(2) then has it."""
+    flags = ctypes.c_int(_AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC)
+    _check(_libc.statx(fd, b"", flags, ctypes.c_uint(_STATX_SIZE), ctypes.create_string_buffer(_STATX_BYTES)))
 
 
 def file_handle(fd: int) -> bytes:
