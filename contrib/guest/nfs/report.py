@@ -9,7 +9,7 @@ import collections
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 WAYS = {"bare": "bare", "iohang": "iohang-fuse"}
 MODES = ("direct", "buffered")
@@ -33,8 +33,17 @@ lease is {lease} s but where a row says otherwise, and its grace period {grace} 
 
 *Errors*: what the consumers were told. *Lost*: bytes that were acknowledged (to the buffered consumer by an fsync that said 0), and
 are not on the server afterwards. *Stale*: blocks that were read, and did not hold what was written last. The time is that from the
-outage's end until the last consumer had a good answer again. What is to be expected of each outage, and why, stands in
-`howto/nfs.rst <howto/nfs.rst>`_.
+outage's end until the last consumer had a good answer again. What it means for the choice of options stands in `howto/nfs.rst
+<howto/nfs.rst>`_.
+
+"""
+
+_EXPECTED = """
+
+What was to be expected
+=======================
+
+Of the bare mounts, by nfs(5), exports(5) and the source of Linux 6.1, whose functions are named.
 
 """
 
@@ -92,8 +101,8 @@ def lines(scene: dict[str, Any]) -> list[str]:
     return [head, *(f"  {cell['kind']:13} {WAYS[cell['way']]:12} {cell_words(cell)}" for cell in scene["cells"])]
 
 
-def page(scenes: Sequence[dict[str, Any]], **values: object) -> str:
-    """The page for docs/."""
+def page(scenes: Sequence[dict[str, Any]], expected: Mapping[str, str], **values: object) -> str:
+    """The page for docs/. *expected*: of a bare mount, by the outages' names."""
     kinds = list(dict.fromkeys(cell["kind"] for scene in scenes for cell in scene["cells"]))
     rows = [["outage", "", *kinds]]
     for scene in scenes:
@@ -102,7 +111,9 @@ def page(scenes: Sequence[dict[str, Any]], **values: object) -> str:
             cells = {cell["kind"]: cell_words(cell) for cell in scene["cells"] if cell["way"] == way}
             rows.append([head if way == "bare" else "", name, *(cells.get(kind, "") for kind in kinds)])
     body = "".join(_row(row) for row in rows)
-    return _PAGE.format(**values) + ".. list-table::\n   :header-rows: 1\n\n" + body
+    table = ".. list-table::\n   :header-rows: 1\n\n" + body
+    expectations = "".join(f"*{scene['what']}*\n    {expected[scene['outage']]}\n\n" for scene in scenes)
+    return _PAGE.format(**values) + table + _EXPECTED + expectations.rstrip("\n") + "\n"
 
 
 def _row(cells: Sequence[str]) -> str:
