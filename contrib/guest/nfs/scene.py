@@ -209,7 +209,7 @@ class Scene:
         }
         for watcher in self.watchers.values():
             watcher.close()
-        self._clean()
+        # The images stay: to remove one at the server takes away its delegation, and waits up to 45 s for each client.
         self._hand.close()
         return result
 
@@ -268,11 +268,6 @@ class Scene:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"not within {_RECOVERY_LIMIT_S} s: {what}")
             time.sleep(0.2)
-
-    def _clean(self) -> None:
-        for cell in self.cells:
-            for mode in MODES:
-                (cell.kind.export / cell.image(self.outage, mode)).unlink()
 
 
 def _counted(failed: Iterable[Step]) -> dict[str, int]:
