@@ -195,7 +195,7 @@ class Commands:
 
     def _io_hang_retry(self, images: list[Image]) -> object:
         answer = self._act(images, self._requests.retry)
-        self._requests.unblock_soon()
+        self._requests.hasten_soon()
         return answer
 
     def _io_hang_drain(self, images: list[Image]) -> object:

@@ -204,6 +204,12 @@ class _Server:
             direct=config.direct == "auto",
             source_path=str(config.source),
         )
+        reconnect = None
+        if config.reconnect == "auto":
+            reconnect = Reconnect(
+                self._requests, str(config.source)
+            )  # a look at SOURCE's path, before anybody waits for us
+            self._requests.settle, self._requests.hasten = reconnect.settle, reconnect.hasten
         options = {*config.mount_words, f"fsname={libfuse_escaped(str(config.source))}", f"subtype={SUBTYPE}"}
         try:
             pyfuse3.init(filesystem, self._mountpoint, options)
@@ -220,9 +226,7 @@ class _Server:
                 nursery.start_soon(_aside, self._event_log.serve)
                 nursery.start_soon(self._announce)
                 nursery.start_soon(_aside, self._service.serve)
-                if config.reconnect == "auto":
-                    reconnect = Reconnect(self._requests, str(config.source))
-                    self._requests.unblock = reconnect.close_what_waits
+                if reconnect is not None:
                     nursery.start_soon(_aside, reconnect.serve)
                 if self._monitor is not None:
                     nursery.start_soon(_aside, self._monitor.serve)

@@ -63,7 +63,7 @@ class Sight:
 def parse_mountinfo(text: str) -> list[Mounted]:
     """/proc/PID/mountinfo; see proc(5)."""
     table = []
-    for line in text.splitlines():
+    for line in text.split("\n")[:-1]:  # str.splitlines knows other ends, which a mount point's name may have
         fields = line.split(" ")
         separator = fields.index("-")
         table.append(

@@ -212,7 +212,9 @@ class Requests:
         self.handles: dict[int, Handle] = {}
         self.holding = True
         self.awake_s = math.inf  # when the loop will have its next look at things: long ago means that it is stuck
-        self.unblock: Callable[[], None] = _nothing  # closes connections that wait; blocks. See reconnect.py
+        # Both block. See reconnect.py, which may replace them.
+        self.settle: Callable[[float], None] = _nothing  # what was sent so long ago is with the storage, or gone
+        self.hasten: Callable[[], None] = _nothing  # nothing is to wait for a retransmission
         self.others_wait: Callable[[], bool] = (
             _never  # whether requests come more than one at a time; where there is a ring
         )
@@ -497,6 +499,7 @@ class Requests:
             def work() -> int:
                 if fenced:
                     self._ask(backing)
+                self.settle(0)  # what the page cache has sent, and not got rid of
                 if any(_on_two_mounts(other, backing) for other in others):
                     raise OSError(errno.ESTALE, "open on two mounts: one cannot be opened anew where the other one is")
                 return backing.rewrite(writes, data_only=data_only)
@@ -651,7 +654,7 @@ class Requests:
         image.writes(request, start, end)
         backing.busy = True
         try:
-            if not (backing.failures or image.held.fences):  # most of them: what `_fly` does then
+            if not (backing.failures or image.held.fences or request.uncertain):  # most of them: what `_fly` does then
                 try:
                     result = await self._attempt(handle, request, work)
                 except OSError as error:
@@ -659,15 +662,20 @@ class Requests:
                     raise
                 backing.failures = 0  # of others, meanwhile
                 return result
-            if not image.held.fences.stand(start, end):
-                return await self._fly(handle, request, work)
+            fenced, failed_s = image.held.fences.stand(start, end), request.failed_s if request.uncertain else None
 
-            def asked_before() -> T:
-                self._ask(backing)
+            def alone() -> T:
+                if fenced:
+                    self._ask(backing)
+                elif (
+                    failed_s is not None
+                ):  # an attempt of its own may still be under way, and land after a younger write
+                    self.settle(self._now() - failed_s)
                 return work()
 
-            result = await self._fly(handle, request, asked_before)
-            image.held.fences.lift(request.started_s)
+            result = await self._fly(handle, request, alone)
+            if fenced:
+                image.held.fences.lift(request.started_s)
             return result
         finally:
             backing.busy = False  # where it means something, nobody else is in it
@@ -689,8 +697,7 @@ class Requests:
     def _ask(self, backing: Backing) -> None:
         """In a thread, before what may not be overtaken by what was given up (P5). Raises OSError unless the storage answers."""
         backing.ask()
-        # The answer may have come on one connection, and what was given up wait in another one.
-        self.unblock()
+        self.settle(0)  # the answer may have come on one connection, and what was given up wait in another one
 
     # ---- open(2), which may never return
 
@@ -847,10 +854,16 @@ class Requests:
         """Try what is held now."""
         self._apply(image, image.held.retry(trio.current_time()))
 
-    def unblock_soon(self) -> None:
+    def hasten_soon(self) -> None:
         """An operator wants an answer now: nothing is to wait for the next retransmission."""
         if self._nursery is not None:
-            self._nursery.start_soon(trio.to_thread.run_sync, self.unblock, name="unblock")
+            self._nursery.start_soon(self._hasten, name="hasten")
+
+    async def _hasten(self) -> None:
+        try:
+            await trio.to_thread.run_sync(self.hasten, abandon_on_cancel=True)
+        except Exception as error:  # noqa: BLE001 - no thread to be had, for example; it is tried again anyway
+            log.debug("what waits for a retransmission waits: %s", error)
 
     def drain(self, image: Image) -> None:
         """An operator: try what is held now, and if that fails answer it with its error."""
@@ -1001,7 +1014,7 @@ def _never() -> bool:
     return False
 
 
-def _nothing() -> None:
+def _nothing(_ago_s: float = 0) -> None:
     return
 
 

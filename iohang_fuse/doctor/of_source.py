@@ -24,7 +24,7 @@ _TAKES_DIRECT = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "fuse", "fuseb
 
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "9p"})
 
-_ADVISED = "soft,timeo=50,retrans=2"
+_ADVISED = "softerr,timeo=50,retrans=2"
 """An error after 15 s: soon enough for several attempts within a minute, late enough for a server that is only slow."""
 
 _RECONNECTED_S = 4.0

@@ -152,7 +152,7 @@ def settings_told(told: Mapping[str, Any]) -> Settings:
         max_background=told["max-background"],
         engine=told["engine"],
         direct=told["direct"],
-        reconnect=told["reconnect"],
+        reconnect=told.get("reconnect", "never"),  # of an older server, after an upgrade
         mount_words=tuple(told["mount-words"]),
     )
 
