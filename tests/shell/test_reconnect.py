@@ -279,7 +279,7 @@ def test_what_waits_behind_a_retransmission_is_closed(tmp_path: Path, monkeypatc
 
 
 def test_what_has_been_sent_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that works, and has something newer in it by now, is not closed; one whose queue does not move is, in a second."""
+    """A connection that works, and has something newer in it by now, is not closed; one whose queue does not move is."""
     world = World(tmp_path, monkeypatch)
     world.connections = [
         connection(waiting=500, acked=1000, name="busy"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from iohang_fuse.commands import About, Commands
 from iohang_fuse.events import HangBegan, HangEnded, Op, TimedOut
 from iohang_fuse.rehandle import HeldBytes
 from iohang_fuse.requests import Image
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
-    from iohang_fuse.rehandle import Policy, Step
+    from iohang_fuse.rehandle import Policy, Request, Step
 
 EIO = errno.EIO
 FOR_EVER = math.inf
@@ -548,3 +549,104 @@ async def test_a_random_outage(start: Start, autojump_clock: MockClock, seed: in
     assert shell.requests._held_bytes.held == 0
     edges = [type(e) for e in shell.events if isinstance(e, HangBegan | HangEnded)]
     assert edges == [HangBegan, HangEnded] * (len(edges) // 2)
+
+
+# ---- P4, P5: what has failed may still be under way
+
+
+async def test_a_write_that_has_failed_settles_before_it_is_tried_again(
+    start: Start, autojump_clock: MockClock
+) -> None:
+    """P4: "writes to one range land in the order in which they arrived": its first attempt must not land after a younger write.
+
+    With `nconnect`, the first one's bytes may wait in another connection than that by which the second one succeeds (reconnect.py).
+    """
+    shell = start()
+    story: list[object] = []
+    shell.requests.settle = lambda ago_s: story.append(("settled", ago_s))
+
+    def attempt() -> int:
+        story.append("attempt")
+        if story.count("attempt") == 1:
+            raise OSError(EIO, "")
+        return 0
+
+    async def write(request: Request) -> int:
+        return await shell.requests._fly_writing(shell.handle, request, 0, 512, attempt)
+
+    await shell.requests.run(shell.handle, Op.WRITE, 0, 512, write)
+    assert story == ["attempt", ("settled", pytest.approx(5)), "attempt"]
+    await shell.requests.run(shell.handle, Op.WRITE, 0, 512, write)
+    assert story[3:] == ["attempt"], "one that has not failed has nothing to settle"
+
+
+async def test_after_a_give_up_the_next_write_asks_and_settles(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P5: "an overlapping write goes out only after another attempt on the image has succeeded since", and nothing overtakes it."""
+    shell = start(policy(10))
+    story: list[str] = []
+    shell.requests.settle = lambda ago_s: story.append(f"settled {ago_s}")
+    monkeypatch.setattr(FakeBacking, "ask", lambda _: story.append("asked"))
+
+    def attempt() -> int:
+        story.append("attempt")
+        if "asked" not in story:
+            raise OSError(EIO, "")
+        return 0
+
+    async def write(request: Request) -> int:
+        return await shell.requests._fly_writing(shell.handle, request, 0, 512, attempt)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        await shell.requests.run(shell.handle, Op.WRITE, 0, 512, write)
+    del story[:]
+    await shell.requests.run(shell.handle, Op.WRITE, 0, 512, write)
+    at = story.index("settled 0")
+    assert story[at - 1 : at + 2] == ["asked", "settled 0", "attempt"]
+
+
+async def test_what_the_page_cache_has_sent_settles_before_the_log_is_written_again(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3, P4: a writeback that has failed may still be under way, too."""
+    shell = start()
+    story: list[str] = []
+    shell.requests.settle = lambda ago_s: story.append(f"settled {ago_s}")
+
+    def sync(_: object, *, data_only: bool) -> int:
+        story.append(f"sync {data_only}")
+        if len(story) == 1:
+            raise OSError(EIO, "")
+        return 0
+
+    monkeypatch.setattr(FakeBacking, "sync", sync)
+    await shell.requests.sync(shell.handle, data_only=True)
+    assert story == ["sync True", "settled 0", "sync True"]
+
+
+async def test_who_hastens_and_fails_harms_nobody(start: Start, autojump_clock: MockClock) -> None:
+    """P11: an operator's word, and no thread or descriptor to be had: the mount stays."""
+    shell = start()
+    called = []
+
+    def hasten() -> None:
+        called.append(True)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    shell.requests.hasten = hasten
+    await shell.requests._hasten()
+    assert called
+
+
+async def test_an_operator_s_retry_hastens(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue: consumers go on "at once with `iohangctl retry`": not even the kernel's next retransmission is waited for."""
+    shell = start()
+    called = []
+    monkeypatch.setattr(shell.requests, "hasten_soon", lambda: called.append(True))
+    commands = Commands(shell.requests, About("/srv/vm", "/mnt/iohang", "0", 1), lambda: None, {})
+    for name, hastens in (("io-hang-drain", 0), ("io-hang-retry", 1)):
+        commands.call(name, {})
+        assert len(called) == hastens
