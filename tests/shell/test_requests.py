@@ -554,8 +554,12 @@ async def test_a_random_outage(start: Start, autojump_clock: MockClock, seed: in
 # ---- P4, P5: what has failed may still be under way
 
 
+@pytest.mark.parametrize("others_succeed", [False, True])
 async def test_a_write_that_has_failed_settles_before_it_is_tried_again(
-    start: Start, autojump_clock: MockClock
+    start: Start,
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,
+    others_succeed: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     """P4: "writes to one range land in the order in which they arrived": its first attempt must not land after a younger write.
 
