@@ -2,9 +2,13 @@
 
     python3 -m contrib.guest.nfs.late [--iohang OPTIONS]
 
-A write to each of some blocks fails, because nothing gets through. Then all connections work again but one, which has such a
-write in it; the consumer, who was told of the error, writes something else to the same blocks; then that connection works again,
-too. What the consumer has written last is to stay. With `nconnect` a later write does not wait behind an earlier one.
+1. *All*: a write to each of some blocks fails, because nothing gets through. Then all connections work again but one, which has such
+   a write in it; the consumer, who was told of the error, writes something else to the same blocks.
+2. *One*: only one connection is cut off. What is written by it fails; a consumer of iohang-fuse is not told, because it is tried
+   again, and succeeds on another one. The consumer writes something else to the same blocks.
+
+Then the connection works again, too. What the consumer has written last is to stay. With `nconnect` a later write does not wait
+behind an earlier one.
 """
 
 from __future__ import annotations
@@ -85,47 +89,52 @@ def _write(fd: int, letter: str, block: int) -> bool:
         return False
 
 
-def begin(kind: site.Kind, way: str) -> Writer:
+def begin(kind: site.Kind, way: str, cut: str) -> Writer:
     """A consumer with its image."""
-    name = _image(kind, way)
+    name = _image(kind, way, cut)
     (kind.export / name).write_bytes(b"0" * BLOCK_BYTES * _BLOCKS)
     return Writer((kind.bare if way == "bare" else kind.iohang) / name)
 
 
-def _image(kind: site.Kind, way: str) -> str:
-    return f"{kind.name}-{way}.img"
+def _image(kind: site.Kind, way: str, cut: str) -> str:
+    return f"{kind.name}-{way}-{cut}.img"
 
 
-def play(kind: site.Kind, way: str, writer: Writer) -> dict[str, Any]:
+def play(kind: site.Kind, way: str, cut: str, writer: Writer) -> dict[str, Any]:
     """The whole story, on one mount."""
     host = kind.host if way == "bare" else site.other(kind.host)
     everything = range(_BLOCKS)
     writer.write("1", everything)  # each connection has been used
-    _drop(host, None)
+    if cut == "all":
+        _drop(host, None)
+    else:
+        _drop(host, next(iter(_unsent(host))))
     began_s = time.monotonic()
     failed = writer.write("X", everything)
     failed_s = time.monotonic() - began_s
     waiting = _unsent(host)
-    if len(waiting) > 1:
+    if cut == "all" and len(waiting) > 1:
         _drop(host, max(waiting, key=lambda port: waiting[port]))
-    else:
+    elif cut == "all":
         _restore(host)  # it waits in the only one there is
-    rewritten_s = _rewrite(writer, failed)
-    if len(waiting) > 1:
+    again = failed if cut == "all" else set(everything)
+    rewritten_s = _rewrite(writer, again)
+    if cut == "one" or len(waiting) > 1:
         _restore(host)
     time.sleep(_LANDS_S)
     writer.close()
-    data = (kind.export / _image(kind, way)).read_bytes()
+    data = (kind.export / _image(kind, way, cut)).read_bytes()
     found = "".join(chr(data[block * BLOCK_BYTES]) for block in range(_BLOCKS))
     return {
         "kind": kind.name,
         "way": way,
+        "cut": cut,
         "failed": len(failed),
         "failed_after_s": round(failed_s, 1),
         "unsent_bytes": waiting,
         "rewritten_after_s": round(rewritten_s, 1),
         "found": found,
-        "overwritten": sum(found[block] != "Y" for block in failed),
+        "overwritten": sum(found[block] != "Y" for block in again),
     }
 
 
@@ -170,10 +179,14 @@ def main() -> None:
     for kind in KINDS:
         site.mount(kind)
         site.mount_iohang(kind, options)
-    stories = [(kind, way) for kind in KINDS for way in ("bare", "iohang")]
-    writers = [begin(*story) for story in stories]  # they fork; no thread is there yet
-    with ThreadPoolExecutor(len(stories)) as pool:
-        seen = list(pool.map(lambda story, writer: play(story[0], story[1], writer), stories, writers))
+    seen: list[dict[str, Any]] = []
+    for cut in ("all", "one"):
+        stories = [
+            (kind, way) for kind in KINDS if cut == "all" or "nconnect" in kind.name for way in ("bare", "iohang")
+        ]
+        writers = [begin(kind, way, cut) for kind, way in stories]  # they fork; no thread is there yet
+        with ThreadPoolExecutor(len(stories)) as pool:
+            seen += pool.map(lambda story, writer, cut=cut: play(story[0], story[1], cut, writer), stories, writers)
     for kind in KINDS:
         site.unmount(kind)
     json.dump(seen, sys.stdout)

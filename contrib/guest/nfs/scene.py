@@ -39,7 +39,8 @@ IOHANG = f"timeout=5min,interval={INTERVAL_S}"
 _BLOCKS = 32
 _GROWING_BLOCKS = 4096  # more than are ever written
 _STEPS_BEFORE = 4
-_RECOVERY_LIMIT_S = 180
+_RECOVERY_LIMIT_S = 100
+"""Some bare mounts never recover. The kernel's client is deaf for 80 s at most."""
 _SETTLE_S = 6
 """What an old connection has still to deliver arrives in that time."""
 
