@@ -2,8 +2,8 @@
 
     python3 -m contrib.guest.nfs.late [--iohang OPTIONS]
 
-1. *All*: a write to each of some blocks fails, because nothing gets through. Then all connections work again but one, which has such
-   a write in it; the consumer, who was told of the error, writes something else to the same blocks.
+1. *All*: a write to each of some blocks fails, because nothing gets through. Then all connections work again but one, which has
+   such a write in it; the consumer, who was told of the error, writes something else to the same blocks.
 2. *One*: only one connection is cut off. What is written by it fails; a consumer of iohang-fuse is not told, because it is tried
    again, and succeeds on another one. The consumer writes something else to the same blocks.
 
