@@ -303,7 +303,7 @@ class Config(BaseModel):
         "auto", "past the page cache where SOURCE takes that unaligned (NFS); or never"
     )
     reconnect: Annotated[Literal["auto", "never"], PlainValidator(_choice("auto", "never"))] = _option(
-        "auto", "in an outage of NFS, close connections that hear nothing, so that new ones are made; or never"
+        "auto", "in an outage of NFS, close connections that hear nothing; or never"
     )
     attr_timeout_s: Annotated[float, PlainValidator(_span("3650d at most", 0, LONGEST_SPAN_S))] = _option(
         "1", "how long the kernel may cache names and attributes"
