@@ -74,7 +74,8 @@ def _play(names: list[str], docs: Path | None) -> int:
         values = {"kernel": kernel, "minutes": minutes, "interval": INTERVAL_S, "lease": LEASE_S, "grace": GRACE_S}
         expected = {outage.name: outage.expected for outage in OUTAGES}
         (docs / "outages-on-nfs.rst").write_text(report.page(scenes, expected, **values))
-        (docs / "outages-on-nfs.json").write_text(json.dumps(scenes, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(scene) for scene in scenes)
+        (docs / "outages-on-nfs.json").write_text(f"[\n{lines}\n]\n")
     if scenes:
         print(f"{len(problems)} promises not kept in {len(scenes)} outages; {minutes:.1f} minutes")
     return 1 if problems else 0
