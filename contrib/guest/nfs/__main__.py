@@ -24,7 +24,7 @@ from contrib.guest.nfs import report
 from contrib.guest.nfs.guest import Guest
 from contrib.guest.nfs.outages import LEASE_S, OUTAGES, by_name
 from contrib.guest.nfs.scene import INTERVAL_S
-from contrib.guest.nfs.site import GRACE_S
+from contrib.guest.nfs.site import GRACE_S, QUICK
 
 OTHERS = ("overhead", "late", "apps", "functions")
 
@@ -37,23 +37,26 @@ def main() -> int:
         "scene", nargs="*", metavar="SCENE", help=f"of outages: {', '.join(names)}; others: {', '.join(OTHERS)}"
     )
     parser.add_argument("--docs", type=Path, metavar="DIRECTORY", help="write outages-on-nfs.rst and .json there")
+    parser.add_argument(
+        "--timing", default=QUICK, metavar="OPTIONS", help=f"of the mounts: nfs(5)'s timeo and retrans ({QUICK})"
+    )
     given = parser.parse_args()
     for name in given.scene:
         if name not in (*names, *OTHERS):
             parser.error(f"there is no scene {name}; there are {', '.join((*names, *OTHERS))}")
     try:
-        return _play(given.scene or names, given.docs)
+        return _play(given.scene or names, given.docs, given.timing)
     except GuestUnavailableError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _play(names: list[str], docs: Path | None) -> int:
+def _play(names: list[str], docs: Path | None, timing: str) -> int:
     began_s = time.monotonic()
     scenes, problems = [], []
     with tempfile.TemporaryDirectory(prefix="iohang-nfs-", dir="/var/tmp") as folder:
         _say("the guest's image: built the first time, which takes some minutes")
-        guest = Guest(Path(folder))
+        guest = Guest(Path(folder), timing)
         _say("the guest boots")
         with guest.debian as debian:
             kernel = debian.run("uname", "-r").strip()

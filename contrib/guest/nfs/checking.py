@@ -25,7 +25,7 @@ LONG_OUTAGE_S = 30.0
 """Longer than any of the mounts needs for its first error."""
 
 SQUASHED_KINDS = tuple(
-    site.Kind(f"squashed-{version}", f"vers={version[1:]},softerr,{site.QUICK}{more}", host, site.SQUASHED)
+    site.Kind(f"squashed-{version}", f"vers={version[1:]},softerr{more}", host, site.SQUASHED)
     for version, more, host in (("v3", ",nolock", 31), ("v4.2", "", 32))
 )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from contrib.guest.debian.guest import DebianGuest, build
 from contrib.guest.nfs.outages import LEASE_S, by_name
+from contrib.guest.nfs.site import QUICK
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,12 +33,13 @@ _SCENE_LIMIT_S = 600
 class Guest:
     """The guest, with its server's disk, and the lease that its server has."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timing: str = QUICK) -> None:
         disk = folder / "export.img"
         with disk.open("wb") as file:
             file.truncate(_EXPORT_BYTES)
         self.debian = DebianGuest(build(extra=PACKAGES), folder, disks=[disk], memory_mib=_MEMORY_MIB)
         self._lease_s = 0
+        self._timing = timing
 
     def outage(self, name: str) -> dict[str, Any]:
         """One outage; what was seen. Raises RuntimeError with the scene's words if it could not be played."""
@@ -48,7 +50,7 @@ class Guest:
     def set_up(self, lease_s: int = LEASE_S) -> None:
         """Have all mounts there, and the server with that lease."""
         if lease_s != self._lease_s:
-            self.python("setting", str(lease_s))
+            self.python("setting", str(lease_s), self._timing)
             self._lease_s = lease_s
 
     def python(self, module: str, *arguments: str) -> str:

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KINDS = (
-    site.Kind("late-v3", f"vers=3,soft,{site.QUICK},nolock", 21),
-    site.Kind("late-v3-nconnect", f"vers=3,soft,{site.QUICK},nolock,nconnect=4", 22),
-    site.Kind("late-v4.2-nconnect", f"vers=4.2,soft,{site.QUICK},nconnect=4", 23),
+    site.Kind("late-v3", "vers=3,soft,nolock", 21),
+    site.Kind("late-v3-nconnect", "vers=3,soft,nolock,nconnect=4", 22),
+    site.Kind("late-v4.2-nconnect", "vers=4.2,soft,nconnect=4", 23),
 )
 
 IOHANG = "timeout=3,interval=1"

@@ -14,12 +14,12 @@ from contrib.guest.nfs.scene import IOHANG
 
 def main() -> None:
     """The command line."""
-    lease_s = int(sys.argv[1])
+    lease_s, timing = int(sys.argv[1]), (*sys.argv[2:], site.QUICK)[0]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(site.unmount, [kind for kind in site.KINDS if kind.iohang.is_mount()]))
         site.make_network()
         site.start_server(lease_s)
-        list(pool.map(site.mount, site.KINDS))
+        list(pool.map(lambda kind: site.mount(kind, timing), site.KINDS))
         list(pool.map(lambda kind: site.mount_iohang(kind, IOHANG), site.KINDS))
 
 

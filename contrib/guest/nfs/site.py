@@ -65,16 +65,16 @@ class Kind:
         return Path(f"/mnt/{self.name}")
 
 
-# Two seconds for a call, so that an outage of some seconds gives errors at all.
 QUICK = "timeo=10,retrans=1"
+"""Two seconds for a call, so that an outage of some seconds gives errors at all."""
 
 KINDS = (
-    Kind("v3-soft", f"vers=3,soft,{QUICK},nolock", 11),
-    Kind("v3-softerr", f"vers=3,softerr,{QUICK},nolock", 12),
-    Kind("v3-hard", f"vers=3,hard,{QUICK},nolock", 13),
-    Kind("v4.2-soft", f"vers=4.2,soft,{QUICK}", 14),
-    Kind("v4.2-softerr", f"vers=4.2,softerr,{QUICK}", 15),
-    Kind("v4.2-hard", f"vers=4.2,hard,{QUICK}", 16),
+    Kind("v3-soft", "vers=3,soft,nolock", 11),
+    Kind("v3-softerr", "vers=3,softerr,nolock", 12),
+    Kind("v3-hard", "vers=3,hard,nolock", 13),
+    Kind("v4.2-soft", "vers=4.2,soft", 14),
+    Kind("v4.2-softerr", "vers=4.2,softerr", 15),
+    Kind("v4.2-hard", "vers=4.2,hard", 16),
 )
 
 
@@ -221,12 +221,21 @@ def impair(*netem: str) -> None:
 # ---- the mounts
 
 
-def mount(kind: Kind) -> None:
-    """Both NFS mounts, each made by its host."""
+def mount(kind: Kind, timing: str = QUICK) -> None:
+    """Both NFS mounts, each made by its host. *timing*: timeo and retrans, as nfs(5) has them."""
     for host, directory in ((kind.host, kind.bare), (other(kind.host), kind.source)):
         add_host(host)
         directory.mkdir(parents=True, exist_ok=True)
-        run(*at(host), "mount", "-t", "nfs", "-o", f"proto=tcp,{kind.options}", f"{SERVER}:{kind.export}", directory)
+        run(
+            *at(host),
+            "mount",
+            "-t",
+            "nfs",
+            "-o",
+            f"proto=tcp,{kind.options},{timing}",
+            f"{SERVER}:{kind.export}",
+            directory,
+        )
 
 
 def mount_iohang(kind: Kind, options: str) -> None:
