@@ -1,6 +1,6 @@
 """Inside the Debian guest: the server, and all mounts of it. Made anew where the server's lease is to be another one.
 
-python3 -m contrib.guest.nfs.setting LEASE_S
+python3 -m contrib.guest.nfs.setting LEASE_S [TIMING]
 """
 
 from __future__ import annotations
