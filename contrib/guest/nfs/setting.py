@@ -1,6 +1,8 @@
 """Inside the Debian guest: the server, and all mounts of it. Made anew where the server's lease is to be another one.
 
-python3 -m contrib.guest.nfs.setting LEASE_S [TIMING]
+    python3 -m contrib.guest.nfs.setting LEASE_S [TIMING]
+
+TIMING is the mounts' `timeo` and `retrans`, as nfs(5) has them.
 """
 
 from __future__ import annotations
