@@ -40,7 +40,10 @@ _BLOCKS = 32
 _GROWING_BLOCKS = 4096  # more than are ever written
 _STEPS_BEFORE = 4
 _RECOVERY_LIMIT_S = 100
-"""Some bare mounts never recover. The kernel's client is deaf for 80 s at most."""
+"""The kernel's client is deaf for 80 s at most."""
+
+_HOPELESS_ERRORS, _AT_ONCE_S = 40, 0.5
+"""Some bare mounts never recover: so many errors at once, while whoever is deaf needs seconds for each."""
 _SETTLE_S = 6
 """What an old connection has still to deliver arrives in that time."""
 
@@ -170,6 +173,16 @@ class Cell:
                 return False
         return True
 
+    def is_hopeless(self, after_s: float) -> bool:
+        """Whether each consumer has had nothing but errors at once, and many, since then."""
+        return all(
+            sum(
+                bool(step.errno) and step.ended_s - step.began_s < _AT_ONCE_S for step in since(consumer.steps, after_s)
+            )
+            >= _HOPELESS_ERRORS
+            for consumer in self.consumers.values()
+        )
+
 
 class Scene:
     """One outage."""
@@ -217,7 +230,10 @@ class Scene:
     def _recover(self, ended_s: float) -> list[Cell]:
         """Wait until all work again; those that do not."""
         with contextlib.suppress(TimeoutError):
-            self._wait(lambda: all(cell.works(2, ended_s) for cell in self.cells), "all to work again")
+            self._wait(
+                lambda: all(cell.works(2, ended_s) or cell.is_hopeless(ended_s) for cell in self.cells),
+                "all to work again",
+            )
         return [cell for cell in self.cells if not cell.works(2, ended_s)]
 
     def _verdict(self, cell: Cell, began_s: float, ended_s: float, deaf: list[Cell]) -> dict[str, Any]:
