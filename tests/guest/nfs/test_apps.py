@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from contrib.guest.nfs.guest import Guest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 KINDS = ("v3-softerr", "v4.2-soft")
 PROGRAMS = ("fio", "qemu-io none", "qemu-io writeback", "sqlite wal", "sqlite delete")

@@ -12,7 +12,7 @@ from contrib.guest.nfs.functions import CHECKS
 if TYPE_CHECKING:
     from contrib.guest.nfs.guest import Guest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
