@@ -115,7 +115,7 @@ def play(kind: site.Kind, way: str, cut: str, writer: Writer) -> dict[str, Any]:
     failed_s = time.monotonic() - began_s
     waiting = _unsent(host)
     if cut == "all" and several:
-        _drop(host, max(waiting, key=lambda port: waiting[port]))
+        _drop(host, max(waiting, key=lambda port: waiting[port], default=0))
     elif cut == "all":
         _restore(host)  # it waits in the only one there is
     again = failed if cut == "all" else set(everything)
