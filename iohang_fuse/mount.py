@@ -206,9 +206,8 @@ class _Server:
         )
         reconnect = None
         if config.reconnect == "auto":
-            reconnect = Reconnect(
-                self._requests, str(config.source)
-            )  # a look at SOURCE's path, before anybody waits for us
+            # It looks at SOURCE's path: before anybody waits for us.
+            reconnect = Reconnect(self._requests, str(config.source))
             self._requests.settle, self._requests.hasten = reconnect.settle, reconnect.hasten
         options = {*config.mount_words, f"fsname={libfuse_escaped(str(config.source))}", f"subtype={SUBTYPE}"}
         try:

@@ -58,6 +58,9 @@ DEAF_SYNS = 2
 SETTLED_S = 1.0
 """So long a connection has, to get rid of what is in it, before rule 3 closes it."""
 
+HEARD_S = 2.0
+"""An ACK that is no older came since the last look, or with the connection itself."""
+
 _UNSEEN_LOOKS = 10
 
 _NFS_PORT = 2049
@@ -76,11 +79,7 @@ def is_deaf(connection: Connection) -> bool:
 
 def is_heard(connection: Connection) -> bool:
     """Whether it has heard something just now, and waits for nothing that is overdue."""
-    return (
-        connection.state == sockdiag.ESTABLISHED
-        and not connection.retransmits
-        and connection.silence_s <= LOOK_S + DEAF_S / 3
-    )
+    return connection.state == sockdiag.ESTABLISHED and not connection.retransmits and connection.silence_s <= HEARD_S
 
 
 def server_of(fstype: str, options: Sequence[str]) -> Server | None:
@@ -160,16 +159,13 @@ class Reconnect:
             began_s = time.monotonic()
             found = self._connections() or []
             waiting = {each.identity: each.acked_bytes + each.waiting_bytes for each in found if each.waiting_bytes}
-            while waiting and len(found) > 1:
-                found = self._connections() or []
-                waiting = {
-                    each.identity: waiting[each.identity]
-                    for each in found
-                    if each.acked_bytes < waiting.get(each.identity, 0)
-                }
-                if time.monotonic() > began_s + SETTLED_S or any(each.retransmits for each in found):
-                    self._close([each for each in found if each.identity in waiting])
-                    break
+            several = len(found) > 1
+            while waiting and several:
+                left = [each for each in self._connections() or [] if each.acked_bytes < waiting.get(each.identity, 0)]
+                too_late = time.monotonic() > began_s + SETTLED_S
+                stuck = {each.identity for each in left if too_late or each.retransmits}
+                self._close([each for each in left if each.identity in stuck])
+                waiting = {each.identity: waiting[each.identity] for each in left if each.identity not in stuck}
                 if waiting:
                     time.sleep(SETTLED_S / 50)
             self._settled_s = began_s

@@ -667,9 +667,8 @@ class Requests:
             def alone() -> T:
                 if fenced:
                     self._ask(backing)
-                elif (
-                    failed_s is not None
-                ):  # an attempt of its own may still be under way, and land after a younger write
+                elif failed_s is not None:
+                    # That attempt may still be under way, and land after a younger write.
                     self.settle(self._now() - failed_s)
                 return work()
 

@@ -164,7 +164,7 @@ class World:
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.connections: list[Connection] = [HEARD]
-        self.then: list[Connection] | None = None  # from the second look on
+        self.thens: list[list[Connection]] = []  # at the next looks
         self.server = (ip_address("10.0.0.1"), 2049)
         self.closed: list[bytes] = []
         self.retried = 0
@@ -190,7 +190,9 @@ class World:
         self.looks += 1
         if self.problem is not None:
             raise self.problem
-        found, self.connections = self.connections, self.then or self.connections
+        found = self.connections
+        if self.thens:
+            self.connections = self.thens.pop(0)
         return found
 
     def _mounts(self) -> list[Mounted]:
@@ -285,9 +287,20 @@ def test_what_has_been_sent_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
         connection(waiting=500, acked=1000, name="busy"),
         connection(waiting=500, acked=77, name="stuck"),
     ]
-    world.then = [connection(waiting=800, acked=1500, name="busy"), connection(waiting=500, acked=77, name="stuck")]
+    world.thens = [[connection(waiting=800, acked=1500, name="busy"), connection(waiting=500, acked=77, name="stuck")]]
     world.reconnect.settle(0)
     assert world.closed == [b"stuck"]
+
+
+def test_only_what_is_sent_again_is_closed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one that has something in it gets rid of that by itself; and it is waited for, also when it is the last one."""
+    world = World(tmp_path, monkeypatch)
+    busy = connection(waiting=500, acked=1000, name="busy")
+    world.connections = [LATE, busy]
+    world.thens = [[LATE, busy], [busy], [connection(waiting=0, acked=1500, name="busy")]]
+    world.reconnect.settle(0)
+    assert world.closed == [b"late"]
+    assert world.looks == 4
 
 
 def test_one_connection_keeps_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def _play(names: list[str], docs: Path | None, timing: str) -> int:
     for problem in problems:
         print(f"NOT KEPT: {problem}")
     if docs is not None:
-        values = {"kernel": kernel, "minutes": minutes, "interval": INTERVAL_S, "lease": LEASE_S, "grace": GRACE_S}
+        values = {"kernel": kernel, "interval": INTERVAL_S, "lease": LEASE_S, "grace": GRACE_S}
         expected = {outage.name: outage.expected for outage in OUTAGES}
         (docs / "outages-on-nfs.rst").write_text(report.page(scenes, expected, **values))
         lines = ",\n".join(json.dumps(scene) for scene in scenes)

@@ -25,7 +25,7 @@ Each cell was measured in a Debian guest, on the kernel's own NFS client and ser
 
     python -m contrib.guest.nfs --docs docs
 
-which takes {minutes:.0f} minutes on two cores. An outage meets all mounts at the same time; each has a client host of its own.
+An outage meets all mounts at the same time; each has a client host of its own.
 On each work two consumers, one that writes and reads with O_DIRECT (QEMU with ``cache=none``), and one that writes, reads, and asks
 for an fsync until it has a good one (``cache=writeback``); both go on after an error. The mounts have ``timeo=10,retrans=1``, so
 that errors come at all. iohang-fuse has ``interval={interval}``, and ``timeout=5min`` but where a row says otherwise; the server's
