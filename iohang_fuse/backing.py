@@ -65,6 +65,7 @@ class Backing:
         self.writes_on_ring = opened.ring_writes and not self.serial
         self._flags = opened.flags
         self._opener = opener
+        self._owner = 0
         self._now = _Description(opened.fd)
         self._lock = threading.Lock()
         self._serial = threading.Lock() if opened.flags & os.O_DSYNC else contextlib.nullcontext()
@@ -204,16 +205,16 @@ class Backing:
         """One more description of the same file, for syncs: what goes wrong on this one uses up no report on that one."""
         with self._using() as fd:
             flags = self._flags & ~os.O_SYNC
-            new = open_same(fd, flags, self._opener)
+            new = open_same(fd, flags, self._opener, owner=self._owner)
             return Backing(Opened(new, flags, stable=False, apart=self.apart, device=_device(new)), self._opener)
 
-    def renew(self, where: Where) -> bool:
-        """Open the file anew. Returns whether that was still wanted. One at a time.
+    def renew(self, where: Where, owner: int = 0) -> bool:
+        """Open the file anew, as another *owner* (`source.owning`). Returns whether that was still wanted. One at a time.
 
         Raises OSError with the reason where it cannot be had; the old description then stays, and is tried again.
         """
         with self._using() as fd:
-            new = open_again(fd, self._flags, self._opener, where)
+            new = open_again(fd, self._flags, self._opener, where, owner=owner)
         device = _device(new)
         reads_cached = self.reads_cached and without_atime(new)
         with self._lock:  # the event loop takes it, too: no system call under it
@@ -221,7 +222,7 @@ class Backing:
             old = self._now
             if not closed:
                 self._now = _Description(new)
-                self.device, self.reads_cached = device, reads_cached
+                self.device, self.reads_cached, self._owner = device, reads_cached, owner
                 old.replaced = True
                 old.closed = unused = not old.users
         if closed:  # in the meantime

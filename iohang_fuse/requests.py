@@ -77,6 +77,7 @@ class Image:
         self.samples: list[tuple[int, bytes]] = []
         self.capability: bytes | int | None = None  # security.capability, or the errno it gave; None: not yet asked
         self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
+        self.renewals = 0  # how often it was opened anew
         self.refusal = ""  # why it could not be opened anew, as last reported
         self.syncing = False  # whether the server syncs by itself
         self.writing: dict[Request, tuple[int, float]] = {}  # first byte and end, of the attempts in flight
@@ -751,6 +752,7 @@ class Requests:
     def _renewal(self, image: Image, *backings: Backing) -> Callable[[], OSError | None]:
         """What opens them anew, in a thread. Where that cannot be, the old description is tried again; returns why."""
         where = image.where(image.stable_size)._replace(samples=tuple(image.samples)) if image.where else None
+        owner = image.renewals + 1
         for backing in backings:
             backing.renewed_s = trio.current_time()
 
@@ -759,7 +761,8 @@ class Requests:
             for backing in backings:
                 try:
                     if where is not None:
-                        backing.renew(where)
+                        backing.renew(where, owner)
+                        image.renewals = owner
                 except OSError as error:
                     refusal = error
             return refusal

@@ -56,6 +56,9 @@ class Caller(NamedTuple):
     pid: int
 
 
+_SENT_GROUPS = 16
+"""Of supplementary groups an NFS client sends no more (AUTH_SYS, RFC 5531)."""
+
 SERVER = Caller(0, 0, 0)
 """Ourselves."""
 
@@ -114,6 +117,29 @@ def _groups(pid: int) -> list[int]:
     except OSError:
         pass
     return []
+
+
+@contextlib.contextmanager
+def owning(times: int, gid: int) -> Iterator[None]:
+    """In this thread, until the end of the block: be another open-owner of NFS 4.1 for each number of *times*, of a few.
+
+    A file that the client holds for dead (ESTALE) is another inode to it when it is opened anew, but the same file to the server,
+    which goes on counting its owner's opens. The client waits 5 s for the numbers that it believes to be missing, at each open
+    and each close (nfs_set_open_stateid_locked, nfs4_refresh_open_old_stateid), and its close of the dead one may close the
+    other. It has an owner for each set of user, group and supplementary groups (nfs4_get_state_owner). So who names his group
+    once more is another one, with the same rights.
+    """
+    own_groups = os.getgroups()
+    more = times % max(_SENT_GROUPS - len(own_groups), 1)
+    try:
+        if more:
+            with contextlib.suppress(PermissionError):  # no root: it takes longer
+                syscalls.set_thread_groups([*own_groups, *[gid] * more])
+        yield
+    finally:
+        if more:
+            with contextlib.suppress(PermissionError):
+                syscalls.set_thread_groups(own_groups)
 
 
 def by_descriptor(fd: int) -> str:
@@ -536,7 +562,7 @@ def _has_nowait(data: int) -> bool:
     return True
 
 
-def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:
+def open_again(fd: int, flags: int, opener: Caller, where: Where, *, owner: int = 0) -> int:
     """One more open file description of the file behind *fd*, which may be dead: by its name, or else through *fd* itself.
 
     By its name first, because a handle that has gone stale, or a file system that was unmounted, does not come back. Raises
@@ -550,24 +576,25 @@ def open_again(fd: int, flags: int, opener: Caller, where: Where) -> int:
                 found = find_again(where)
     except OSError as error:
         try:
-            return open_same(fd, flags, opener)
+            return open_same(fd, flags, opener, owner=owner)
         except OSError:
             raise error from None
     try:
-        return open_same(found.fd, flags, opener)
+        return open_same(found.fd, flags, opener, owner=owner)
     finally:
         os.close(found.fd)
 
 
-def open_same(fd: int, flags: int, opener: Caller) -> int:
-    """One more open file description of the very file of *fd*."""
+def open_same(fd: int, flags: int, opener: Caller, *, owner: int = 0) -> int:
+    """One more open file description of the very file of *fd*. *owner*: see `owning`."""
     path, asked = by_descriptor(fd), flags & ~os.O_DIRECT
     open_it = _open_direct if flags & os.O_DIRECT else os.open
     try:
-        with acting_as(opener):
+        with acting_as(opener), owning(owner, opener.gid):
             data = open_it(path, asked)
     except PermissionError:  # its user may since have taken the right from himself; who has it open keeps it
-        data = open_it(path, asked)
+        with owning(owner, os.getegid()):
+            data = open_it(path, asked)
     if flags & os.O_DIRECT:
         with contextlib.suppress(OSError):  # as in `_opened`
             fcntl.fcntl(data, fcntl.F_SETFL, fcntl.fcntl(data, fcntl.F_GETFL) | os.O_DIRECT)

@@ -237,7 +237,7 @@ class Kernel:
             raise _error(errno.ENOENT)
         return self._open(self.names[name], flags)
 
-    def open_again(self, fd: int, flags: int, _opener: Caller, where: Where) -> int:
+    def open_again(self, fd: int, flags: int, _opener: Caller, where: Where, *, owner: int = 0) -> int:  # noqa: ARG002 - NFS 4.1's alone
         """`source.open_again`: by its name, if that is still the file, or else through what is open."""
         self.before_call(f"open_again {fd}")
         old = self._fds.get(fd)
@@ -262,7 +262,7 @@ class Kernel:
                 raise error from None
         return self._open(disk, flags)
 
-    def open_same(self, fd: int, flags: int, _opener: Caller) -> int:
+    def open_same(self, fd: int, flags: int, _opener: Caller, *, owner: int = 0) -> int:  # noqa: ARG002 - the same
         """`source.open_same`: one more description of what is open, through /proc/self/fd."""
         with self._call(fd, "open_same") as it:
             self._exchange(it.inode.disk, "open same")

@@ -333,6 +333,56 @@ def test_an_attempt_keeps_its_description_to_the_end(
         os.fstat(old)
 
 
+@as_root
+@pytest.mark.parametrize("opener", [SERVER, NOBODY])
+def test_each_number_is_another_owner_with_the_same_rights(
+    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch, opener: Caller
+) -> None:
+    """Section 4: an image that had ESTALE is opened anew as another open-owner of NFS 4.1 (`source.owning` says why).
+
+    A user, his group, and the set of his supplementary groups are an owner. The witness is opened as the same one.
+    """
+    file.chmod(0o666)
+    file.parent.chmod(0o755)
+    ours = os.getgroups()
+    seen: list[tuple[int, ...]] = []
+    backing = opened(opener=opener)
+    real = os.open
+
+    def note(path: str | bytes, *args: object, **more: object) -> int:
+        if str(path).startswith("/proc/self/fd/"):
+            seen.append(tuple(os.getgroups()))
+        return real(path, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(source.os, "open", note)
+    for owner in range(1, 16 - len(ours)):
+        backing.renew(where(file), owner)
+        backing.another().close()
+        assert seen[-1] == seen[-2], "the witness is the same owner"
+    own = seen[::2]
+    assert len(set(own)) == len(own) > 1, "each is another one"
+    assert all(set(groups) <= {*ours, opener.gid} for groups in own), "and has no right that another one has not"
+    assert all(len(groups) <= 16 for groups in own), "NFS sends no more"
+    backing.renew(where(file), 1600)
+    assert len(seen[-1]) <= 16
+    assert os.getgroups() == ours
+
+
+def test_who_may_not_set_groups_opens_the_file_all_the_same(
+    opened: Callable[..., Backing], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is not root, or has no CAP_SETGID."""
+
+    def refuse(_groups: list[int]) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(source.syscalls, "set_thread_groups", refuse)
+    backing = opened()
+    old = fd_of(backing)
+    assert backing.renew(where(file), 1)
+    assert fd_of(backing) != old
+
+
 @pytest.mark.parametrize("extra", [os.O_APPEND, os.O_TRUNC, os.O_CREAT | os.O_EXCL])
 def test_flags_of_the_open_do_not_survive(file: Path, extra: int) -> None:
     """Section 4: "O_APPEND, O_CREAT, O_EXCL and O_TRUNC do not survive into a reopened one"."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from iohang_fuse.backing import Backing
 from iohang_fuse.events import Op
 from tests.core.world import policy
 from tests.shell.kernel import PAGE, Fault
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from iohang_fuse.rehandle import Policy
     from iohang_fuse.requests import Handle
+    from iohang_fuse.source import Where
 
 OUTAGE = ["read", "direct", "writeback", "fsync", "statfs", "lookup", "open"]
 KINDS = pytest.mark.parametrize("op", list(Op))
@@ -268,3 +270,28 @@ async def test_what_comes_too_late_is_closed(cut: Make, autojump_clock: MockCloc
     await trio.sleep(2)
     assert it.kernel.open_files == 0
     assert it.kernel.violations == []
+
+
+async def test_each_time_that_it_is_opened_anew_is_another_owner(
+    cut: Make, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`source.owning`: the one that the dead inode was opened as is not used again; attempts that fail use none up."""
+    owners: list[int] = []
+    real = Backing.renew
+
+    def renew(backing: Backing, where: Where, owner: int = 0) -> bool:
+        done = real(backing, where, owner)
+        owners.append(owner)
+        return done
+
+    monkeypatch.setattr(Backing, "renew", renew)
+    it = cut(policy(1000))
+    handle = it.open(os.O_RDWR | os.O_DIRECT)
+    for outage in (1, 2, 3):
+        it.failing.update(dict.fromkeys(OUTAGE, Fault(errno.ESTALE)))
+        answer = it.start(lambda: it.requests.write(handle, 0, b"new"))
+        await trio.sleep(60)
+        it.failing.clear()
+        await it.until(answer)
+        assert answer == [3]
+        assert owners[-1] == outage == len(owners)

@@ -68,7 +68,7 @@ def _play(names: list[str], docs: Path | None, timing: str) -> int:
                     continue
                 scene = guest.outage(name)
                 scenes.append(scene)
-                problems += report.problems(scene, errors_pass=by_name(name).errors_pass)
+                problems += report.problems(scene, again_s=INTERVAL_S + 1, errors_pass=by_name(name).errors_pass)
                 print("\n".join(report.lines(scene)), flush=True)
     minutes = (time.monotonic() - began_s) / 60
     for problem in problems:

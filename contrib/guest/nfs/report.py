@@ -48,8 +48,8 @@ Of the bare mounts, by nfs(5), exports(5) and the source of Linux 6.1, whose fun
 """
 
 
-def problems(scene: dict[str, Any], *, errors_pass: Iterable[str] = ()) -> list[str]:
-    """What iohang-fuse has promised, and has not kept."""
+def problems(scene: dict[str, Any], *, again_s: float, errors_pass: Iterable[str] = ()) -> list[str]:
+    """What iohang-fuse has promised, and has not kept. *again_s*: consumers go on no later after the end of the outage."""
     found = []
     for cell in scene["cells"]:
         if cell["way"] != "iohang":
@@ -66,6 +66,8 @@ def problems(scene: dict[str, Any], *, errors_pass: Iterable[str] = ()) -> list[
                 found.append(
                     f"{where}, {mode}: {seen['lost_bytes']} bytes lost, {seen['misread_blocks']} blocks misread"
                 )
+            if (seen["again_s"] or 0) > again_s:
+                found.append(f"{where}, {mode}: went on after {seen['again_s']} s, and not within {again_s:g}")
             found += [f"{where}, {mode}: {words}" for words in _unpaired(cell["events"][mode])]
     return found
 

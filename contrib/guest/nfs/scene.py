@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 MODES: tuple[Mode, ...] = ("direct", "buffered")
 WAYS = ("bare", "iohang")
 
-INTERVAL_S = 2
+INTERVAL_S = 5
+"""Which is the default. With less, a recovery is bound by the kernel's client, which asks a server that has refused it each 3 s."""
+
 IOHANG = f"timeout=5min,interval={INTERVAL_S}"
 
 _BLOCKS = 32
