@@ -26,8 +26,9 @@ from iohang_fuse.rehandle import State
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from iohang_fuse.images import Image
     from iohang_fuse.rehandle import Policy, Request
-    from iohang_fuse.requests import Image, Requests
+    from iohang_fuse.requests import Requests
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,8 @@ from iohang_fuse.source import Attributes, Caller, Found, Where
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from iohang_fuse.requests import Handle, Image, Requests
+    from iohang_fuse.images import Handle, Image
+    from iohang_fuse.requests import Requests
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from iohang_fuse.commands import About
-    from iohang_fuse.requests import Image, Requests
+    from iohang_fuse.images import Image
+    from iohang_fuse.requests import Requests
 
 Labels = tuple[str, ...]
 

@@ -18,7 +18,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from iohang_fuse.requests import Image
+    from iohang_fuse.images import Image
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -4,12 +4,9 @@
    to another task: timer and recovery only wake it.
 2. What becomes of it is decided in rehandle.py, in which order in ordering.py. This module keeps time, wakes, and sends
    events to their listeners.
-3. An image is an open inode of SOURCE, whichever handles are open on it. It exists from the first open to the last close.
-4. What a write, a read and an fsync have to do with the write log stands in `write`, `read` and `sync`: a write is in it
+3. What a write, a read and an fsync have to do with the write log stands in `write`, `read` and `sync`: a write is in it
    before it is answered; a read gets what is in it; an fsync is answered when what was in it is stable (P3).
-5. Linux reports a failed writeback once to each open file description. So an image has one that is for syncs alone, its
-   *witness*: open since before anything in the log was written, and used by one sync at a time, it misses no report.
-6. An open(2) may never return (NFS 4, on soft mounts, too). So it is no part of an attempt: it is an `Opening`, which
+4. An open(2) may never return (NFS 4, on soft mounts, too). So it is no part of an attempt: it is an `Opening`, which
    requests wait for and leave behind.
 """
 
@@ -21,23 +18,23 @@ import functools
 import logging
 import math
 import os
-import stat
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from iohang_fuse.backing import Backing
 from iohang_fuse.engine import Abandoned, Engine, Transfer
 from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
-from iohang_fuse.ordering import Fences
-from iohang_fuse.rehandle import NOTHING, HeldBytes, Policy, RehandleList, Request, State, Step
+from iohang_fuse.images import Handle, Image, Opening
+from iohang_fuse.rehandle import NOTHING, HeldBytes, Policy, Request, State, Step
 from iohang_fuse.ring import LARGE_BYTES
-from iohang_fuse.source import NotTheSame, Where
+from iohang_fuse.source import NotTheSame
 from iohang_fuse.tally import Tally
-from iohang_fuse.writelog import SAMPLES, WriteLog
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+
+    from iohang_fuse.backing import Backing
+    from iohang_fuse.ordering import Fences
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -45,140 +42,8 @@ log = logging.getLogger(__name__)
 _FAILURES_OF_THE_DEAD = 2
 """From the second failure on, it may be the descriptor: the next attempt opens the file anew. ESTALE says so itself."""
 
-
-class Opening:
-    """An open(2) of an image's file under way, for a description to replace a dead one or for a witness.
-
-    NFS 4 has it wait without bound for a lease to be renewed, and for the end of a server's grace period, while reads and writes
-    fail or work. It writes nothing, so whoever waits for it may be answered before it returns.
-    """
-
-    def __init__(self, began_s: float) -> None:
-        self.began_s = began_s
-        self.over = trio.Event()
-        self.error: Exception | None = None
-
-
-class Image:
-    """One open inode: its handles, its rehandle list, its write log, and its attributes as last seen."""
-
-    def __init__(
-        self, node_id: int, name: str, policy: Policy, held_bytes: HeldBytes, write_log: int, tally: Tally | None = None
-    ) -> None:
-        self.node_id = node_id
-        self.held = RehandleList(name, policy, held_bytes, tally)
-        self.log = WriteLog(write_log)
-        self.handles: dict[int, Handle] = {}
-        self.where: Callable[[int], Where] | None = None  # how to find it by its name, given the size that is stable
-        self.stable_size = 0
-        # Where it has no lasting handle, what it is known by: (first byte, data), stable, that nobody has tried to change since.
-        self.sampled = True
-        self.set_id = False  # whether it may have set-ID bits
-        self.samples: list[tuple[int, bytes]] = []
-        self.capability: bytes | int | None = None  # security.capability, or the errno it gave; None: not yet asked
-        self.timer: trio.CancelScope | None = None  # of the task that calls `tick`, while the image is sick
-        self.renewals = 0  # how often it was opened anew
-        self.refusal = ""  # why it could not be opened anew, as last reported
-        self.syncing = False  # whether the server syncs by itself
-        self.writing: dict[Request, tuple[int, float]] = {}  # first byte and end, of the attempts in flight
-        self.recovering = False  # the log is being written again
-        self.sync_in_flight = False
-        self.opening: Opening | None = None  # one at a time, so that they never have more than one thread
-        self.bystanders = trio.lowlevel.ParkingLot()  # who waits for one of those four to change
-        self.syncs = 0  # that have begun
-        self.synced = {True: 0, False: 0}  # the latest of these that has succeeded, for data alone and for all
-        self.resizes = 0  # changes of size that have begun or ended
-        self.witness: Backing | None = None
-        self.no_witness = False  # it could not be had
-        self._stat: os.stat_result | None = None
-        self.size = 0  # as it is since those attributes were read, by what has been written and cut
-        self.questions: set[trio.Event] = set()  # of those who wait for SOURCE's word on attributes: see questions.py
-        self.unanswered = 0  # of which nobody waits for the word any more, and it has not come
-
-    def saw(self, attributes: os.stat_result) -> None:
-        """Remember attributes that SOURCE has just given."""
-        self._stat, self.size = attributes, attributes.st_size
-        self.set_id |= bool(attributes.st_mode & (stat.S_ISUID | stat.S_ISGID))  # what is read here may be older
-
-    def writes(self, request: Request, start: int, end: float) -> None:
-        """An attempt to change these bytes begins."""
-        self.writing[request] = start, end
-        if self.samples:
-            self.samples = [(at, data) for at, data in self.samples if end <= at or at + len(data) <= start]
-
-    def writes_no_more(self, request: Request) -> None:
-        """It is over."""
-        del self.writing[request]
-        if self.bystanders:
-            self.bystanders.unpark_all()
-
-    def wrote(self, end: int) -> None:
-        """A write up to *end* has succeeded."""
-        self.size = max(self.size, end)
-
-    def truncated(self, size: int) -> None:
-        """The size was changed."""
-        self.size = size
-        self.log.truncate(size)
-
-    def remembered(self) -> tuple[os.stat_result, int] | None:
-        """Attributes from memory and the size with them, for `stat` while the image hangs."""
-        return None if self._stat is None else (self._stat, self.size)
-
-    @property
-    def speaks_from_memory(self) -> bool:
-        """Whether SOURCE is not to be asked for attributes: it would not answer, and memory can."""
-        return self._stat is not None and (self.held.sick or self.unanswered > 0)
-
-    def open_witness(self, writer: Backing, transient: frozenset[int]) -> None:
-        """Open the witness, if it can be had. In a thread, before anything is written.
-
-        Raises what is *transient*. Nothing else is a reason to fail a write: who may open the file no more, no descriptor left,
-        a file system that finds an unlinked file no more.
-        """
-        try:
-            self.witness = writer.another()
-        except OSError as error:
-            if error.errno in transient:
-                raise
-            self.no_witness = True
-
-    def to_sync(self, handle: Handle) -> Backing | None:
-        """What a sync on *handle* has to sync. None if it was closed while its request waited, and nobody may write any more."""
-        if self.witness is None and self.log:  # there could not be one: a handle that can write what is in the log
-            handle = next((other for other in self.handles.values() if other.writable), handle)
-        if self.witness is None and handle.number not in self.handles:
-            return None
-        return self.witness or handle.backing
-
-    def writers(self, besides: Backing) -> list[Backing]:
-        """The backing files through which the image may be written, but for one."""
-        return [h.backing for h in self.handles.values() if h.writable and h.backing is not besides]
-
-    def resizing(self, size: int) -> None:
-        """A change of size is about to be tried."""
-        self.resizes += 1
-        self.stable_size = min(self.stable_size, size)
-
-
-class Handle:
-    """One open of an image. Its backing descriptors live until the last attempt on them has returned."""
-
-    def __init__(self, number: int, image: Image, backing: Backing, flags: int) -> None:
-        self.number = number
-        self.image = image
-        self.backing = backing
-        self.direct = bool(flags & os.O_DIRECT)  # as the consumer opened it
-        self.readable = flags & os.O_ACCMODE != os.O_WRONLY
-        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self.in_use = 0
-        self.idle = trio.Event()
-
-    def returned(self) -> None:
-        """An attempt on this handle has returned."""
-        self.in_use -= 1
-        if self.in_use == 0:
-            self.idle.set()
+_OPEN_S = 1.0
+"""So long what has an old description waits for an open(2) before it tries that one. An open takes some round trips."""
 
 
 class Requests:
@@ -393,10 +258,11 @@ class Requests:
         """
         image, backing = handle.image, handle.backing
         await self._revive(handle, request)
-        await self._wait(image, request, lambda: self._is_awaited(image.opening))
+        limit_s = self._policy.blocked_after_s
+        await self._wait(image, request, lambda: _is_awaited(image.opening, limit_s))
         if image.opening is None and image.witness is None and not image.no_witness:
             try:
-                await self._opened(image, request, lambda: image.open_witness(backing, self._policy.errors))
+                await self._opened(image, request, lambda: image.open_witness(backing, self._policy.errors), limit_s)
             except OSError as error:
                 backing.failed(error)
                 raise
@@ -467,7 +333,7 @@ class Requests:
             return
         others = image.writers(backing)
         if any(_on_two_mounts(other, backing) for other in others):
-            log_.doubt()  # SOURCE was mounted anew, and some were opened anew there, and some not
+            image.doubt()  # SOURCE was mounted anew, and some were opened anew there, and some not
             await self._recover(handle, request, data_only=data_only)
             return
 
@@ -478,12 +344,16 @@ class Requests:
             return backing.sync(data_only=data_only)
 
         size = await self._attempt(handle, request, work)
-        _synced(image, mark, resizes, size)
+        image.made_stable(mark, resizes, size)
 
     async def _recover(self, handle: Handle, request: Request, *, data_only: bool) -> None:
-        """A sync, after a report of a failed writeback may have been used up: open anew, write the log again, sync."""
+        """A sync, after a report of a failed writeback may have been used up: open anew, write the log again, sync.
+
+        What is written again and synced on one description is stable, whichever that is. But one that is replaced later may miss
+        a report: as long as that is to come the log stays in doubt, and each sync is one of these.
+        """
         image = handle.image
-        await self._open_all(handle, request)
+        settled = await self._open_all(handle, request)
         image.recovering = True  # from here on, a write that overlaps the log waits
         try:
             await self._wait(
@@ -511,28 +381,29 @@ class Requests:
             finally:
                 image.log.unsettle()
             image.held.fences.lift(began_s)
-            image.log.trust(doubts)
+            if settled:
+                image.log.trust(doubts)
             if image.log.seq != mark:
                 image.log.doubt()  # it may have landed, and been lost, before the new description was open
-            _synced(image, mark, resizes, size)
+            image.made_stable(mark, resizes, size)
         finally:
             image.recovering = False
             image.bystanders.unpark_all()
         log.debug("%s: %d writes were written again, and synced", image.held.image, len(writes))
 
-    async def _open_all(self, handle: Handle, request: Request) -> None:
-        """Open anew all through which the image may be written, and what a sync uses, or fail the attempt of that sync.
+    async def _open_all(self, handle: Handle, request: Request) -> bool:
+        """Open anew all through which the image may be written, and what a sync uses, if any has failed.
 
-        A witness that is replaced while the log is not in doubt may miss a report. So until it has been replaced no sync counts,
-        however late that is. Without a witness, and with nothing in the log, there is nothing that could be missed.
+        Returns whether that is over. It is not waited for long, because the old ones may work: in a server's grace period, for
+        example, in which NFS 4 opens nothing.
         """
         image = handle.image
-        await self._wait(image, request, lambda: self._is_awaited(image.opening))
-        backing, done = image.to_sync(handle), False
-        if backing is not None and image.opening is None:
-            done = await self._opened(image, request, self._renewal(image, *image.writers(backing), backing))
-        if not done and (image.witness is not None or image.log):
-            raise self._last_error(image, request)
+        backing = image.to_sync(handle)
+        if backing is not None and image.worn and image.opening is None:
+            image.worn = False
+            await self._opened(image, request, self._renewal(image, *image.writers(backing), backing), _OPEN_S)
+        await self._wait(image, request, lambda: _is_awaited(image.opening, _OPEN_S))
+        return image.opening is None
 
     async def _wait(self, image: Image, request: Request, obstacle: Callable[[], bool]) -> None:
         """Wait inside an attempt, before its system call, while there is an *obstacle*; until its deadline at most."""
@@ -627,7 +498,7 @@ class Requests:
             image.held.image, op, request.length, request.offset, request.attempts, error,
         )  # fmt: skip
         if op is Op.FSYNC or (op is Op.WRITE and error.errno in self._may_use_up):
-            image.log.doubt()
+            image.doubt()
         number = error.errno or errno.EIO
         self.tally.failed(image.held.image, op, number)
         return image.held.failed(request, number, trio.current_time())
@@ -707,22 +578,14 @@ class Requests:
         enough = 1 if backing.errno == errno.ESTALE else _FAILURES_OF_THE_DEAD
         tried_s = trio.current_time() - backing.renewed_s
         if backing.failures >= enough and tried_s >= self._policy.interval_s / 2 and image.opening is None:
-            await self._opened(image, request, self._renewal(image, backing))
+            await self._opened(image, request, self._renewal(image, backing), _OPEN_S)
 
-    async def _opened(self, image: Image, request: Request, work: Callable[[], OSError | None]) -> bool:
-        """Have *work* open the image's file. Returns whether that is over: who has waited for `blocked_after` waits no longer."""
+    async def _opened(self, image: Image, request: Request, work: Callable[[], OSError | None], limit_s: float) -> None:
+        """Have *work* open the image's file, and wait so long for it."""
         opening = self._open(image, work)
-        await self._wait(image, request, lambda: self._is_awaited(opening))
+        await self._wait(image, request, lambda: _is_awaited(opening, limit_s))
         if opening.error is not None:
             raise opening.error
-        return opening.over.is_set()
-
-    def _is_awaited(self, opening: Opening | None) -> bool:
-        return (
-            opening is not None
-            and not opening.over.is_set()
-            and trio.current_time() < opening.began_s + self._policy.blocked_after_s
-        )
 
     def _open(self, image: Image, work: Callable[[], OSError | None]) -> Opening:
         """Begin *work*, which opens the image's file, or says why not. No other may be under way."""
@@ -991,7 +854,7 @@ class Requests:
             try:
                 await self.engine.flight(work, handle.returned).land()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is no sign that the image works
-                image.log.doubt()
+                image.doubt()
                 if isinstance(error, OSError):
                     self.tally.failed(image.held.image, Op.READ if readable else Op.FSYNC, error.errno or errno.EIO)
                 log.debug("%s: probe at %d: %s", image.held.image, offset, error)
@@ -1012,6 +875,10 @@ class Requests:
         return True
 
 
+def _is_awaited(opening: Opening | None, limit_s: float) -> bool:
+    return opening is not None and not opening.over.is_set() and trio.current_time() < opening.began_s + limit_s
+
+
 def _never() -> bool:
     return False
 
@@ -1022,17 +889,3 @@ def _nothing(_ago_s: float = 0) -> None:
 
 def _on_two_mounts(one: Backing, other: Backing) -> bool:
     return one.device != other.device and bool(one.device and other.device)
-
-
-def _synced(image: Image, mark: int, resizes: int, size: int) -> None:
-    """A sync has succeeded that began at *mark*; the file had *size* bytes then."""
-    if image.sampled:
-        kept = [
-            (start, data)
-            for start, data in image.log.samples(mark)
-            if not any(first < start + len(data) and start < end for first, end in image.writing.values())
-        ]
-        image.samples = [*kept, *image.samples][:SAMPLES]
-    end = image.log.release(mark)
-    if image.resizes == resizes:  # no more than was acknowledged: what lies in a cache may still be lost
-        image.stable_size = max(image.stable_size, min(size, end))

@@ -14,7 +14,8 @@ import trio
 from iohang_fuse.backing import Backing
 from iohang_fuse.engine import Abandoned
 from iohang_fuse.events import Op
-from iohang_fuse.requests import Handle, Requests
+from iohang_fuse.images import Handle
+from iohang_fuse.requests import Requests
 from iohang_fuse.source import SERVER, Opened
 
 if TYPE_CHECKING:

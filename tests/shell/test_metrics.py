@@ -18,9 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from iohang_fuse.commands import About
 from iohang_fuse.events import HangBegan, HangEnded, Op
 from iohang_fuse.exposition import Exposition
+from iohang_fuse.images import Image
 from iohang_fuse.metrics import COUNTER, METRICS, Metrics
 from iohang_fuse.rehandle import HeldBytes, Request
-from iohang_fuse.requests import Image, Requests
+from iohang_fuse.requests import Requests
 from iohang_fuse.tally import MOST_IMAGES, OTHERS
 from tests.core.world import policy
 from tests.shell.fakes import FakeBacking, Shell, Storage

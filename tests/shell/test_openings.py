@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
+    from iohang_fuse.images import Handle
     from iohang_fuse.rehandle import Policy
-    from iohang_fuse.requests import Handle
     from iohang_fuse.source import Where
 
 OUTAGE = ["read", "direct", "writeback", "fsync", "statfs", "lookup", "open"]
@@ -135,7 +135,7 @@ async def test_what_need_not_wait_for_it_does_not(cut: Make, autojump_clock: Moc
     it.cut_off()
     answers = [it.start(lambda h=h, at=at: it.requests.read(h, at, 3)) for at in range(20) for h in (handle, other)]
     await it.until_an_open_waits()
-    await trio.sleep(1)
+    await trio.sleep(0.5)
     assert len(handle.image.held.trying) == 1
     for answer in answers:
         await it.until(answer, 30)
@@ -172,8 +172,8 @@ async def test_a_timed_out_image_is_seen_to_work_again(cut: Make, autojump_clock
     assert not handle.image.held.timed_out
 
 
-async def test_an_fsync_after_a_lost_writeback_waits_for_it(cut: Make, autojump_clock: MockClock) -> None:
-    """P3: "no sync counts until the file has been opened anew, the log written again", and P4: until then, writes go on."""
+async def test_an_fsync_after_a_lost_writeback_goes_on_without_it(cut: Make, autojump_clock: MockClock) -> None:
+    """P3 on a description that works, while NFS 4 opens nothing: what is written again and synced on it is stable."""
     it = cut(policy(300))
     handle = it.open()
     await it.requests.write(handle, 0, b"new")
@@ -182,14 +182,34 @@ async def test_an_fsync_after_a_lost_writeback_waits_for_it(cut: Make, autojump_
     answer = it.start(it.request(handle, Op.FSYNC))
     await trio.sleep(30)
     it.cut_off_no_more(opens_wait=True)
-    await trio.sleep(60)
-    assert answer == []
-    over = it.start(lambda: it.requests.write(handle, 0, b"newer"))
-    assert await it.until(over) < 1, "the log is not being written again yet"
-    it.opens_wait = False
-    assert await it.until(answer) < 10.2, "the first to be synced is told of the old loss"
+    assert await it.until(answer) < 6.2, "an interval, and a second for an open(2) that might return"
     assert answer == [None]
+    assert it.disk.data[:3] == b"new"
+
+
+async def test_what_is_lost_before_it_comes_late_is_found(cut: Make, autojump_clock: MockClock) -> None:
+    """P3: a description that replaces the witness late may have missed a report: until a sync after that, none proves a thing."""
+    it = cut(policy(300))
+    handle, other = it.open(), it.open()
+    await it.requests.write(handle, 0, b"new")
+    it.lose()
+    it.cut_off()
+    answer = it.start(it.request(handle, Op.FSYNC))
+    await trio.sleep(30)
+    it.cut_off_no_more(opens_wait=True)
+    await it.until(answer)
+    await it.requests.write(handle, 0, b"newer")
+    it.lose()
+    with pytest.raises(OSError, match="Input/output"):
+        other.backing.sync(data_only=True)  # the report; who opens the file from now on has none
+    it.opens_wait = False
+    await trio.sleep(20)
+    await it.requests.sync(handle, data_only=True)
     assert it.disk.data[:5] == b"newer"
+    assert not handle.image.log.in_doubt, "and by now one is as good as another"
+    await it.requests.write(handle, 0, b"newest")
+    await it.requests.sync(handle, data_only=True)
+    assert it.disk.data[:6] == b"newest"
 
 
 async def test_syncs_that_wait_for_it_leave_others_their_turn(cut: Make, autojump_clock: MockClock) -> None:

@@ -18,8 +18,8 @@ import trio
 
 from iohang_fuse.commands import About, Commands
 from iohang_fuse.events import HangBegan, HangEnded, Op, TimedOut
+from iohang_fuse.images import Image
 from iohang_fuse.rehandle import HeldBytes
-from iohang_fuse.requests import Image
 from tests.core.world import policy
 from tests.shell.fakes import FakeBacking, Shell, Storage
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from iohang_fuse import requests
 from iohang_fuse.backing import Backing
 from iohang_fuse.events import Op
+from iohang_fuse.images import Handle, Image
 from iohang_fuse.ordering import Ordering
 from iohang_fuse.rehandle import RehandleList
 from iohang_fuse.requests import Requests
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from iohang_fuse.ordering import Turn
     from iohang_fuse.rehandle import Policy, Request
-    from iohang_fuse.requests import Handle
     from iohang_fuse.writelog import Entry
 
 CHUNKS = 10
@@ -147,12 +146,12 @@ def test_planted_a_read_gets_what_the_storage_has(monkeypatch: pytest.MonkeyPatc
 
 def test_planted_a_sync_covers_what_came_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """P3: a sync makes stable what was acknowledged before it began."""
-    synced = requests._synced
+    made_stable = Image.made_stable
 
-    def generous(image: requests.Image, _mark: int, *rest: int) -> None:
-        synced(image, image.log.mark(), *rest)
+    def generous(image: Image, _mark: int, *rest: int) -> None:
+        made_stable(image, image.log.mark(), *rest)
 
-    monkeypatch.setattr(requests, "_synced", generous)
+    monkeypatch.setattr(Image, "made_stable", generous)
     finds(300, "P3")
 
 
@@ -311,7 +310,7 @@ async def test_found_older_data_over_durable_data(bench: Make, autojump_clock: M
     plain, durable = it.open(), it.open(os.O_RDWR | os.O_DSYNC)
     await it.requests.write(plain, 0, b"older")
     await it.requests.write(durable, 0, b"newer")
-    plain.image.log.doubt()
+    plain.image.doubt()
     seen = set()
 
     def crash(_call: str) -> None:
@@ -421,7 +420,7 @@ async def test_a_write_waits_while_the_log_is_written_again(bench: Make, autojum
     it = bench()
     handle = it.open()
     await it.requests.write(handle, 0, b"old!")
-    handle.image.log.doubt()
+    handle.image.doubt()
     it.flights_s = [(0.0, 0.0), (10.0, 0.0)]  # opening anew, and the recovery, which knows by now what it will write
     synced = it.start(lambda: it.requests.sync(handle, data_only=True))
     await trio.sleep(1)
@@ -441,7 +440,7 @@ async def test_what_lands_while_the_witness_is_opened_anew_is_in_doubt(bench: Ma
     it = bench()
     handle = it.open()
     await it.requests.write(handle, 0, b"one")
-    handle.image.log.doubt()
+    handle.image.doubt()
     it.flights_s = [(0.0, 0.0), (5.0, 0.0)]  # opening anew, and the recovery
     synced = it.start(lambda: it.requests.sync(handle, data_only=True))
     await trio.sleep(1)
