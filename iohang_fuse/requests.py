@@ -400,8 +400,14 @@ class Requests:
         image = handle.image
         backing = image.to_sync(handle)
         if backing is not None and image.worn and image.opening is None:
-            image.worn = False
-            await self._opened(image, request, self._renewal(image, *image.writers(backing), backing), _OPEN_S)
+            renew = self._renewal(image, *image.writers(backing), backing)
+
+            def renew_all() -> OSError | None:
+                refusal = renew()
+                image.worn = refusal is not None  # what has failed meanwhile were the old ones
+                return refusal
+
+            await self._opened(image, request, renew_all, _OPEN_S)
         await self._wait(image, request, lambda: _is_awaited(image.opening, _OPEN_S))
         return image.opening is None
 
