@@ -33,8 +33,8 @@ lease is {lease} s but where a row says otherwise, and its grace period {grace} 
 
 *Errors*: what the consumers were told. *Lost*: bytes that were acknowledged (to the buffered consumer by an fsync that said 0), and
 are not on the server afterwards. *Stale*: blocks that were read, and did not hold what was written last. The time is that from the
-outage's end until the last consumer had a good answer again; on iohang-fuse it is to be one ``interval`` and 1 s at most. What it means
-for the choice of options stands in `howto/nfs.rst <howto/nfs.rst>`_.
+outage's end until the last consumer had a good answer again; on iohang-fuse it is to be one ``interval`` and 1 s at most. What it
+means for the choice of options stands in `howto/nfs.rst <howto/nfs.rst>`_.
 
 """
 
