@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -40,6 +41,15 @@ _MOST_ON_RING = 4096
 _RING_WORKERS = 512
 """Threads that the kernel may have for the ring, instead of four for each processor: on a file system that cannot be asked
 without waiting, each read is one of them while it is under way."""
+
+_AWAKE_S = 60e-6
+"""So long the event loop stays awake for what may come at once: to wake a processor that sleeps takes about as long."""
+
+_AWAKE_FOR = 2
+"""Operations under way at most. With more of them it hardly sleeps between one and the next."""
+
+_SLEEPS = 64
+"""Without staying awake, after it was in vain: most sources take longer, and it shall cost them next to nothing."""
 
 _TRY_AGAIN = frozenset({-errno.EINTR, -errno.EAGAIN, -errno.ECANCELED})
 
@@ -248,6 +258,7 @@ class Engine:
     def __init__(self, choice: str = "threads") -> None:
         """*choice*: `uring`, `threads`, or `auto`, which is `uring` where it can be had. Raises `Unavailable`."""
         self.on_ring = 0
+        self.request_waits: Callable[[], bool] = _never  # at /dev/fuse. Must not block
         self.why_not = ""  # there is no ring
         self.ring: Ring | None = None
         if choice != "threads":
@@ -283,7 +294,7 @@ class Engine:
                 nursery.start_soon(self._serve_ring, self.ring)
 
     async def _serve_ring(self, ring: Ring) -> None:
-        batches = _Batches(ring)
+        batches = _Batches(self, ring)
         trio.lowlevel.add_instrument(batches)
         try:
             while True:
@@ -294,23 +305,51 @@ class Engine:
             trio.lowlevel.remove_instrument(batches)
 
 
+class _Patience:
+    """Stays awake for what may come at once, unless it was in vain just now."""
+
+    def __init__(self) -> None:
+        self._sleeps = 0
+
+    def wait(self, has_come: Callable[[], bool]) -> None:
+        if self._sleeps:
+            self._sleeps -= 1
+            return
+        until_s = time.perf_counter() + _AWAKE_S
+        while not has_come():
+            if time.perf_counter() > until_s:
+                self._sleeps = _SLEEPS
+                return
+
+
 class _Batches(trio.abc.Instrument):
     """All that a turn of the event loop has for the ring is handed over, and all that is done collected, at once.
 
     trio would never again call one that raises: a bug costs one request, not every image the ring (P11).
     """
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, engine: Engine, ring: Ring) -> None:
+        self._engine = engine
         self._ring = ring
+        self._for_ring, self._for_request = _Patience(), _Patience()
 
     def before_io_wait(self, timeout: float) -> None:
         try:
             if timeout > 0:
                 self._ring.about_to_wait()
+                self._stay_awake()
             else:
                 self._ring.hand_over()
         except Exception:
             log.exception("a bug in handing over to io_uring; the mount stays")
+
+    def _stay_awake(self) -> None:
+        engine = self._engine
+        if not engine.on_ring:
+            if not engine.threads.under_way:
+                self._for_request.wait(engine.request_waits)
+        elif engine.on_ring <= _AWAKE_FOR:
+            self._for_ring.wait(self._ring.is_done)
 
     def after_io_wait(self, timeout: float) -> None:
         try:
@@ -319,6 +358,10 @@ class _Batches(trio.abc.Instrument):
             self._ring.collect()
         except Exception:
             log.exception("a bug in collecting from io_uring; the mount stays")
+
+
+def _never() -> bool:
+    return False
 
 
 def _ring() -> Ring:

@@ -116,6 +116,7 @@ class _Server:
         )
         if engine.ring is not None:
             self._requests.others_wait = receiver.others_wait
+            engine.request_waits = receiver.request_waits
         self._about = About(str(config.source), mountpoint, __version__, os.getpid())
         self._monitor = self._make_monitor()
         self._service = Service(notify, self._requests, f"serving {config.source} at {mountpoint}")

@@ -46,6 +46,10 @@ class _Device:
         self.wanted = 1  # so many tasks to take requests at once
         self.slept = False  # whether who takes the next one has slept since the one before
 
+    def is_ready(self) -> bool:
+        """Whether a request waits there."""
+        return bool(self._ready.poll(0))
+
     async def wait(self, fd: int) -> None:
         """Until *fd* is readable; without a round of the loop if it is, IN_A_ROW times."""
         if fd != self._fd:
@@ -53,7 +57,7 @@ class _Device:
             self._ready = select.poll()
             self._ready.register(fd, select.POLLIN)
         self.in_a_row += 1
-        if self.in_a_row >= IN_A_ROW or not self._ready.poll(0):
+        if self.in_a_row >= IN_A_ROW or not self.is_ready():
             self.in_a_row = 0
             self.wanted = max(self.wanted - 1, 1)
             await trio.lowlevel.wait_readable(fd)
@@ -66,6 +70,11 @@ class _Device:
 def others_wait() -> bool:
     """Whether the request that was taken last had been waiting for its turn: there are more than one at a time."""
     return _device.in_a_row > 0
+
+
+def request_waits() -> bool:
+    """Whether there is a request to be taken from /dev/fuse."""
+    return _device.is_ready()
 
 
 _device = _Device()

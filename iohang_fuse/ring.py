@@ -246,8 +246,12 @@ class Ring:
             if self._tail == self._handed_over:
                 _enter(_ENTER, self._fd, 0, 0, _ENTER_GETEVENTS, None, 0)
         self.hand_over()
-        if words[self._cq_tail] != self._head or words[self._sq_flags] & _SQ_TASKRUN:
+        if self.is_done():
             os.eventfd_write(self.fileno, 1)
+
+    def is_done(self) -> bool:
+        """Whether there is something to collect."""
+        return self._words[self._cq_tail] != self._head or bool(self._words[self._sq_flags] & _SQ_TASKRUN)
 
     def waited(self) -> None:
         """Nobody looks at `fileno` now, so the kernel need not signal it."""

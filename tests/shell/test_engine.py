@@ -418,6 +418,54 @@ async def test_the_ring_is_used_and_no_thread(ring: Place) -> None:
     backing.close()
 
 
+def test_what_comes_at_once_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes within `_AWAKE_S` is seen, again and again; where it was in vain, the next sleeps are not put off."""
+    monkeypatch.setattr(engine_module, "_AWAKE_S", 0.001)
+    patience = engine_module._Patience()
+    asked: list[int] = []
+
+    def comes(at: int) -> Callable[[], bool]:
+        asked.clear()
+        return lambda: len(asked) >= at or bool(asked.append(1))
+
+    for _ in range(5):
+        patience.wait(comes(3))
+        assert len(asked) == 3
+    patience.wait(comes(10**9))
+    assert len(asked) > 10
+    for _ in range(engine_module._SLEEPS):
+        patience.wait(comes(3))
+        assert not asked
+    patience.wait(comes(3))
+    assert len(asked) == 3
+
+
+async def test_the_loop_stays_awake_for_a_request_when_nothing_is_under_way(ring: Place) -> None:
+    """P7: what is under way in a thread ends the loop's sleep, and is not kept waiting by a look at /dev/fuse."""
+    asked: list[int] = []
+    ring.engine.request_waits = lambda: bool(asked.append(1))
+    await trio.sleep(0.01)
+    assert asked
+    go, inside = threading.Event(), trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def work() -> None:
+        token.run_sync_soon(inside.set)
+        go.wait(20)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ring.engine.flight(work, lambda: None).land)
+        await inside.wait()
+        asked.clear()
+        for _ in range(2 * engine_module._SLEEPS):
+            await trio.sleep(0.0001)
+        assert not asked
+        go.set()
+    for _ in range(2 * engine_module._SLEEPS):
+        await trio.sleep(0.0001)
+    assert asked
+
+
 @pytest.mark.parametrize("why", ["sick", "as its opener", "not fit for it"])
 async def test_what_does_not_go_on_the_ring(ring: Place, why: str) -> None:
     """P7: a sick image, and what the ring's threads could wait for, stays off it; what needs the opener's rights, too."""

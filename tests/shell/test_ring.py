@@ -125,6 +125,21 @@ def test_what_was_done_before_one_waits_ends_the_wait(ring: Ring, fd: int) -> No
         assert outcome.result == 4
 
 
+def test_what_is_done_can_be_seen_awake(ring: Ring, fd: int) -> None:
+    """Without a system call: the event loop looks for a moment before it sleeps."""
+    assert not ring.is_done()
+    outcome = Outcome()
+    ring.waited()
+    ring.read(outcome, fd, 0, 4)
+    ring.hand_over()
+    end_s = time.monotonic() + 20
+    while not ring.is_done() and time.monotonic() < end_s:
+        pass
+    assert ring.is_done()
+    ring.collect()
+    assert outcome.result == 4
+
+
 def test_large_reads_have_memory_of_their_own(tmp_path: Path) -> None:
     """As many at once as there are, each its own bytes, until the next `hand_over`; then the memory is used again."""
     path = tmp_path / "large.img"
