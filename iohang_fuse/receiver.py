@@ -57,7 +57,7 @@ class _Device:
             self._ready = select.poll()
             self._ready.register(fd, select.POLLIN)
         self.in_a_row += 1
-        if self.in_a_row >= IN_A_ROW or not self.is_ready():
+        if self.in_a_row >= IN_A_ROW or not self._ready.poll(0):
             self.in_a_row = 0
             self.wanted = max(self.wanted - 1, 1)
             await trio.lowlevel.wait_readable(fd)

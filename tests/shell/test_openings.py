@@ -67,6 +67,15 @@ class Cut(Bench):
             Op.FSYNC: lambda: self.requests.sync(handle, data_only=True),
         }[op]
 
+    async def lose_and_sync_in_a_grace_period(self, handle: Handle) -> list[object]:
+        """The answer to come: what was written is lost, the sync has met an outage, and what is over now is all but open(2)."""
+        self.lose()
+        self.cut_off()
+        answer = self.start(self.request(handle, Op.FSYNC))
+        await trio.sleep(30)
+        self.cut_off_no_more(opens_wait=True)
+        return answer
+
     async def until_an_open_waits(self) -> None:
         with trio.fail_after(60):
             while not self.waiting:  # noqa: ASYNC110 - on a clock that jumps
@@ -177,11 +186,7 @@ async def test_an_fsync_after_a_lost_writeback_goes_on_without_it(cut: Make, aut
     it = cut(policy(300))
     handle = it.open()
     await it.requests.write(handle, 0, b"new")
-    it.lose()
-    it.cut_off()
-    answer = it.start(it.request(handle, Op.FSYNC))
-    await trio.sleep(30)
-    it.cut_off_no_more(opens_wait=True)
+    answer = await it.lose_and_sync_in_a_grace_period(handle)
     assert await it.until(answer) < 6.2, "an interval, and a second for an open(2) that might return"
     assert answer == [None]
     assert it.disk.data[:3] == b"new"
@@ -192,11 +197,7 @@ async def test_what_is_lost_before_it_comes_late_is_found(cut: Make, autojump_cl
     it = cut(policy(300))
     handle, other = it.open(), it.open()
     await it.requests.write(handle, 0, b"new")
-    it.lose()
-    it.cut_off()
-    answer = it.start(it.request(handle, Op.FSYNC))
-    await trio.sleep(30)
-    it.cut_off_no_more(opens_wait=True)
+    answer = await it.lose_and_sync_in_a_grace_period(handle)
     await it.until(answer)
     await it.requests.write(handle, 0, b"newer")
     it.lose()
