@@ -17,7 +17,8 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import outcome
 import trio
@@ -25,11 +26,8 @@ import trio
 from iohang_fuse.backing import Backing, close_quietly
 from iohang_fuse.ring import LARGE_BYTES, Ring
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
 T = TypeVar("T")
+_Landed = Callable[[outcome.Outcome[Any]], None]
 log = logging.getLogger(__name__)
 
 _IDLE_S = 10.0
@@ -47,6 +45,10 @@ _AWAKE_S = 60e-6
 
 _AWAKE_FOR = 2
 """Operations under way at most. With more of them it hardly sleeps between one and the next."""
+
+_LATE_S = 1.0
+"""What has been under way for longer, or twice as long, does not count there: it may never return, and what the loop does for
+healthy images shall not depend on it (P7)."""
 
 _SLEEPS = 64
 """Without staying awake, after it was in vain: most sources take longer, and it shall cost them next to nothing."""
@@ -94,6 +96,39 @@ class Transfer:
         if self.data is None:
             return self.backing.read(self.offset, self.size)
         return self.backing.write(self.offset, self.data, as_opener=self.as_opener)
+
+
+class _UnderWay:
+    """How many there are, and how many of them are `late`: begun before the last call of `mark` but one."""
+
+    __slots__ = ("_age", "_old", "count", "late")
+
+    def __init__(self) -> None:
+        self.count = self.late = 0
+        self._old = 0  # begun before the last call, and not late
+        self._age = 0  # calls of `mark`
+
+    @property
+    def due(self) -> int:
+        """Of which one may hear at any moment."""
+        return self.count - self.late
+
+    def begin(self) -> int:
+        """One more. Returns what `end` has to be told."""
+        self.count += 1
+        return self._age
+
+    def end(self, age: int) -> None:
+        self.count -= 1
+        if age < self._age - 1:
+            self.late -= 1
+        elif age < self._age:
+            self._old -= 1
+
+    def mark(self) -> None:
+        self.late += self._old
+        self._old = self.count - self.late
+        self._age += 1
 
 
 class Flight(Generic[T]):
@@ -153,12 +188,12 @@ class _RingFlight(Flight["bytes | int"]):
             if work.backing.left(description):
                 engine.close_later(description.fd)
             raise
-        engine.on_ring += 1
+        self._age = engine.on_ring.begin()
 
     def done(self, result: int, data: bytes) -> None:
         """For the ring to call, on the event loop."""
         work = self._work
-        self._engine.on_ring -= 1
+        self._engine.on_ring.end(self._age)
         if work.data is not None:
             work.backing.unsynced = True  # a sync may have begun, and cleared it, before this landed
         if work.backing.left(self._description):
@@ -186,27 +221,24 @@ class Threads:
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signal = functools.partial(os.eventfd_write, self._eventfd, 1)
         self._close = functools.partial(os.close, self._eventfd)
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[outcome.Outcome[Any]], None]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._done: deque[tuple[Callable[[outcome.Outcome[Any]], None] | None, outcome.Outcome[Any] | None]] = deque()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], _Landed, int] | None] = queue.SimpleQueue()
+        self._done: deque[tuple[_Landed, int, outcome.Outcome[Any]] | None] = deque()  # None: a thread offers to go
         self._signalled = False
         self.count = 0
-        self.under_way = 0
+        self.under_way = _UnderWay()
 
     def __del__(self) -> None:
         self._close()  # a thread has a reference to us, so the last one has gone
 
     def submit(self, work: Callable[[], T], landed: Callable[[outcome.Outcome[T]], None]) -> None:
         """Have *work* done, and *landed* called with what came of it. Raises EAGAIN if no thread can be started."""
-        if self.under_way >= self.count:
+        if self.under_way.count >= self.count:
             try:
                 threading.Thread(target=self._serve, name="iohang data", daemon=True).start()
             except RuntimeError as error:  # "can't start new thread": the process is at its limit, which passes
                 raise OSError(errno.EAGAIN, str(error)) from error
             self.count += 1
-        self.under_way += 1
-        self._jobs.put((work, landed))
+        self._jobs.put((work, landed, self.under_way.begin()))
 
     async def serve(self) -> None:
         """Tell those whose work is done. Never returns."""
@@ -215,12 +247,13 @@ class Threads:
             os.eventfd_read(self._eventfd)
             self._signalled = False
             while self._done:
-                landed, result = self._done.popleft()
-                if landed is not None and result is not None:
-                    self.under_way -= 1
+                done = self._done.popleft()
+                if done is not None:
+                    landed, age, result = done
+                    self.under_way.end(age)
                     landed(result)
-                elif self.count > self.under_way:  # one has had nothing to do for a while; who goes is decided here
-                    self.count -= 1
+                elif self.count > self.under_way.count:  # one has had nothing to do for a while
+                    self.count -= 1  # who goes is decided here
                     self._jobs.put(None)
 
     def _serve(self) -> None:
@@ -228,20 +261,18 @@ class Threads:
             try:
                 job = self._jobs.get(timeout=_IDLE_S)
             except queue.Empty:
-                self._report(None, None)
+                self._report(None)
                 continue
             if job is None:
                 return
-            work, landed = job
+            work, landed, age = job
             result = outcome.capture(work)
             del work, job  # data of a request must not stay here until the next one
-            self._report(landed, result)
+            self._report((landed, age, result))
             del landed, result
 
-    def _report(
-        self, landed: Callable[[outcome.Outcome[Any]], None] | None, result: outcome.Outcome[Any] | None
-    ) -> None:
-        self._done.append((landed, result))
+    def _report(self, done: tuple[_Landed, int, outcome.Outcome[Any]] | None) -> None:
+        self._done.append(done)
         # Read and set without a lock: at worst there is one signal too many.
         if not self._signalled:
             self._signalled = True
@@ -257,7 +288,7 @@ class Engine:
 
     def __init__(self, choice: str = "threads") -> None:
         """*choice*: `uring`, `threads`, or `auto`, which is `uring` where it can be had. Raises `Unavailable`."""
-        self.on_ring = 0
+        self.on_ring = _UnderWay()
         self.request_waits: Callable[[], bool] = _never  # at /dev/fuse. Must not block
         self.why_not = ""  # there is no ring
         self.ring: Ring | None = None
@@ -277,7 +308,7 @@ class Engine:
 
     def flight(self, work: Callable[[], T], on_late_return: Callable[[], None], *, calm: bool = False) -> Flight[T]:
         """An attempt. *calm*: nothing is the matter with its image, so it may go where a sick one could be in others' way."""
-        if calm and type(work) is Transfer and work.on_ring and self.ring is not None and self.on_ring < _MOST_ON_RING:
+        if calm and type(work) is Transfer and work.on_ring and self.ring and self.on_ring.count < _MOST_ON_RING:
             return _RingFlight(self, work, on_late_return)  # type: ignore[return-value]
         return Flight(self, work, on_late_return)
 
@@ -332,6 +363,7 @@ class _Batches(trio.abc.Instrument):
         self._engine = engine
         self._ring = ring
         self._for_ring, self._for_request = _Patience(), _Patience()
+        self._mark_s = 0.0
 
     def before_io_wait(self, timeout: float) -> None:
         try:
@@ -345,10 +377,15 @@ class _Batches(trio.abc.Instrument):
 
     def _stay_awake(self) -> None:
         engine = self._engine
-        if not engine.on_ring:
-            if not engine.threads.under_way:
+        on_ring, in_threads = engine.on_ring, engine.threads.under_way
+        if time.monotonic() > self._mark_s:
+            self._mark_s = time.monotonic() + _LATE_S
+            on_ring.mark()
+            in_threads.mark()
+        if not on_ring.due:
+            if not in_threads.due:
                 self._for_request.wait(engine.request_waits)
-        elif engine.on_ring <= _AWAKE_FOR:
+        elif on_ring.due <= _AWAKE_FOR:
             self._for_ring.wait(self._ring.is_done)
 
     def after_io_wait(self, timeout: float) -> None:

@@ -70,7 +70,7 @@ HELD_BOUND, BLOCKED_BOUND = 0.9, 0.8  # of B's own throughput
 CPU_BOUND = 2.0  # % of a core
 RESUME_BOUND_S = 2.0
 
-WORKLOADS = ("randread", "randwrite")
+WORKLOADS = (("randread", 16), ("randwrite", 16), ("randread", 1))  # what B does, and how much of it at once
 B_MIB = 64
 SICK = tuple(f"a{number}.img" for number in range(4))
 
@@ -169,11 +169,11 @@ def fio(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def throughput(where: Site, workload: str, seconds: float) -> float:
-    """4k operations a second on B at depth 16. Where B waits for A, the trouble is ended after a while, and the figure is low."""
+def throughput(where: Site, workload: str, depth: int, seconds: float) -> float:
+    """4k operations a second on B. Where B waits for A, the trouble is ended after a while, and the figure is low."""
     process = fio(
         "--name=b", f"--filename={where.at('b.img')}", f"--size={B_MIB}m", f"--rw={workload}", "--bs=4k", "--direct=1",
-        "--ioengine=libaio", "--iodepth=16", "--time_based", f"--runtime={seconds}", "--norandommap", folder=where.folder,
+        "--ioengine=libaio", f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--norandommap", folder=where.folder,
     )  # fmt: skip
     try:
         out, _ = process.communicate(timeout=seconds + 20)
@@ -301,31 +301,31 @@ def compare(
 
     *begin* gives a context manager, in which A is in trouble.
     """
-    ratios: dict[str, list[float]] = {workload: [] for workload in WORKLOADS}
-    own: dict[str, list[float]] = {workload: [] for workload in WORKLOADS}
+    ratios: list[list[float]] = [[] for _ in WORKLOADS]
+    own: list[list[float]] = [[] for _ in WORKLOADS]
     well: Latencies = {}
     sick: Latencies = {}
     for number in range(rounds):
-        figures: dict[bool, dict[str, float]] = {}
+        figures: dict[bool, list[float]] = {}
         # Whoever is first in one round is second in the next: neither has the warmer machine.
         for troubled in (False, True) if number % 2 == 0 else (True, False):
             progress(f"{what}: round {number + 1} of {rounds}, A is {'in trouble' if troubled else 'well'}")
             if troubled:
                 with begin():
-                    figures[True] = {workload: throughput(where, workload, seconds) for workload in WORKLOADS}
+                    figures[True] = [throughput(where, *workload, seconds) for workload in WORKLOADS]
                     metadata(where, 0.5, sick)
             else:
-                figures[False] = {workload: throughput(where, workload, seconds) for workload in WORKLOADS}
+                figures[False] = [throughput(where, *workload, seconds) for workload in WORKLOADS]
                 metadata(where, 0.5, well)
-        for workload in WORKLOADS:
-            own[workload].append(figures[False][workload])
-            ratios[workload].append(figures[True][workload] / figures[False][workload])
+        for well_s, sick_s, its_own, its_ratios in zip(figures[False], figures[True], own, ratios, strict=True):
+            its_own.append(well_s)
+            its_ratios.append(sick_s / well_s)
     print(f"  {what}")
     fine = []
-    for workload in WORKLOADS:
-        middle, each = statistics.median(ratios[workload]), ratios[workload]
+    for (workload, depth), its_own, each in zip(WORKLOADS, own, ratios, strict=True):
+        middle = statistics.median(each)
         value = f"{middle:.2f} ({min(each):.2f} to {max(each):.2f})"
-        name = f"B, 4k {workload}, against its {statistics.median(own[workload]):,.0f}/s"
+        name = f"B, 4k {workload} by {depth}, against its {statistics.median(its_own):,.0f}/s"
         fine.append(line(name, value, f">= {bound}", met=middle >= bound))
     show_metadata(well, sick)
     return fine

@@ -340,7 +340,7 @@ async def test_many_at_once_each_its_own(place: Place) -> None:
         for number in range(500):
             nursery.start_soon(check, number)
     assert place.path.read_bytes() == b"".join(blocks)
-    assert place.engine.on_ring == 0
+    assert place.engine.on_ring.count == 0
     backing.close()
 
 
@@ -466,6 +466,52 @@ async def test_the_loop_stays_awake_for_a_request_when_nothing_is_under_way(ring
     assert asked
 
 
+@pytest.mark.parametrize("where", ["in threads", "on the ring"])
+async def test_what_does_not_return_does_not_put_the_loop_to_sleep(
+    ring: Place, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: while attempts of one image hang, the loop goes on to stay awake for the requests of the others."""
+    monkeypatch.setattr(engine_module, "_LATE_S", 0.05)
+    asked: list[int] = []
+    ring.engine.request_waits = lambda: bool(asked.append(1))
+    go = threading.Event()
+    under_way = ring.engine.threads.under_way if where == "in threads" else ring.engine.on_ring
+    async with trio.open_nursery() as nursery:
+        if where == "in threads":
+            for _ in range(3):
+                nursery.start_soon(ring.engine.flight(lambda: go.wait(20), lambda: None).land)
+        else:
+            ages = [under_way.begin() for _ in range(3)]
+        with trio.fail_after(20):
+            while under_way.late < 3:  # noqa: ASYNC110 - what is waited for is the clock
+                await trio.sleep(0.0001)
+        asked.clear()
+        for _ in range(2 * engine_module._SLEEPS):
+            await trio.sleep(0.0001)
+        assert asked
+        if where == "in threads":
+            go.set()
+        else:
+            for age in ages:
+                under_way.end(age)
+    assert (under_way.count, under_way.late) == (0, 0)
+
+
+def test_what_is_under_way_grows_late() -> None:
+    """In whatever order it ends."""
+    under_way = engine_module._UnderWay()
+    ages = []
+    for _ in range(4):
+        ages.append(under_way.begin())
+        under_way.mark()
+    assert (under_way.count, under_way.late) == (4, 3)
+    for age, late in zip([ages[3], ages[0], ages[2], ages[1]], [3, 2, 1, 0], strict=True):
+        under_way.end(age)
+        assert under_way.late == late
+    under_way.mark()
+    assert (under_way.count, under_way.late) == (0, 0)
+
+
 @pytest.mark.parametrize("why", ["sick", "as its opener", "not fit for it"])
 async def test_what_does_not_go_on_the_ring(ring: Place, why: str) -> None:
     """P7: a sick image, and what the ring's threads could wait for, stays off it; what needs the opener's rights, too."""
@@ -522,7 +568,7 @@ async def test_what_the_kernel_has_no_memory_for_is_done_in_a_thread(
     with trio.fail_after(20):
         assert await ring.write(backing, 0, b"x") == 1
     assert ring.path.read_bytes()[:1] == b"x"
-    assert (ring.engine.on_ring, ring.engine.threads.count) == (0, 1)
+    assert (ring.engine.on_ring.count, ring.engine.threads.count) == (0, 1)
     monkeypatch.undo()
     assert await ring.write(backing, 0, b"y") == 1, "and the next one goes on the ring again"
     assert ring.engine.threads.count == 1
