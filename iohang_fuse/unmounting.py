@@ -55,6 +55,7 @@ class Unmounting:
         self._free_by_s = 0.0
         self.device_minor: int | None = None  # of the mount, once it serves
         self.detached = False
+        self._dumping = trio.Lock()
 
     async def serve(self, nursery: trio.Nursery, end: Callable[[], None]) -> None:
         """Mind the signals. Never returns. *end* ends the server, whatever it does."""
@@ -62,7 +63,7 @@ class Unmounting:
             asked = 0
             async for number in signals:
                 if number == signal.SIGUSR1:
-                    self._dump()
+                    nursery.start_soon(self._dump)
                     continue
                 # A terminal that hangs up asks once; it does not insist.
                 asked += number != signal.SIGHUP
@@ -169,7 +170,7 @@ class Unmounting:
         self._tell_clients(why)
         await trio.sleep(_LAST_WORD_S)
 
-    def _dump(self) -> None:
-        """SIGUSR1: everything that waits, and where every task and thread is."""
-        for line in diagnosis.dump(self._requests, trio.current_time()):
-            log.info("%s", line)
+    async def _dump(self) -> None:
+        """SIGUSR1: everything that waits, and where every task and thread is. One at a time."""
+        async with self._dumping:
+            await diagnosis.write_dump(self._requests)

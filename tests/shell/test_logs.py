@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from iohang_fuse import journal, logs
+from iohang_fuse import diagnosis, journal, logs
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
@@ -193,6 +193,16 @@ def test_a_file_takes_any_name(tmp_path: Path) -> None:
     text = (tmp_path / "log").read_text(encoding="utf-8")
     assert "INFO    ä\\udcff\\nx\n" in text
     assert text.endswith("ValueError: ä\\udcff\n")
+
+
+async def test_a_long_dump_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGUSR1 with 10,000 held requests is 20,000 lines, more than may wait to be written; the threads' stacks come last."""
+    lines = [f"line {number}" for number in range(5000)]
+    monkeypatch.setattr(diagnosis, "dump", lambda *_: lines)
+    monkeypatch.setattr(logs, "MOST_WAITING", 1500)
+    with logs.to_stderr_or(tmp_path / "log", level=logging.INFO):
+        await diagnosis.write_dump(None)  # type: ignore[arg-type]
+    assert [line.split("INFO    ")[1] for line in (tmp_path / "log").read_text().splitlines()] == lines
 
 
 def test_a_log_whose_directory_was_away_goes_on(tmp_path: Path) -> None:
