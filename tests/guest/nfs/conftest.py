@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="package")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    assert isinstance(request.node, pytest.Package), "without __init__.py here the guest runs until the session's end"
     found = Guest(tmp_path_factory.mktemp("nfs"))
     with found.debian:
         yield found
