@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 import pytest
 
 from contrib.bench import ordering
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
@@ -51,10 +46,12 @@ def test_ordering_has_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(re.findall(r"\(x[0-9.]+\)", capsys.readouterr().out)) >= 2 * 2 * 2
 
 
-def test_the_outage_plot(tmp_path: Path) -> None:
-    """P1, P3: on iohang-fuse nobody is told of an error, and what was acknowledged is there: the exit code says so."""
-    svg = tmp_path / "outage.svg"
-    done = run("outage", "--minutes", "1.3", "--svg", str(svg))
+def test_the_outage_is_survived_by_one() -> None:
+    """P1, P3: on iohang-fuse nobody is told of an error, and what was acknowledged is there; the source itself has one.
+
+    Without the picture, which needs matplotlib.
+    """
+    done = run("outage", "--minutes", "1.3")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "<svg" in svg.read_text()
-    assert json.loads(svg.with_suffix(".json").read_text())
+    assert re.search(r"^iohang-fuse .* [0-9,]{4,} +none +- .* 0$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^the source itself .* Input/output error ", done.stdout, re.MULTILINE), done.stdout
