@@ -40,6 +40,7 @@ def measurements(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_every_cell_has_a_figure(tmp_path: Path) -> None:
     svg = tmp_path / "picture.svg"
     options = ["--source", "tmpfs", "--rounds", "1", "--seconds", str(SECONDS), "--svg", str(svg)]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 INTERVAL_S = 1.0
 LOAD_S = 3  # three ticks of the timer

@@ -16,7 +16,7 @@ from contrib.guest.nfs.scene import INTERVAL_S
 if TYPE_CHECKING:
     from contrib.guest.nfs.guest import Guest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 AGAIN_S = INTERVAL_S + 1 + 6
 """"consumers go on within one interval + 1 s of the server's return"; and 6 s more than is promised, because the guest's

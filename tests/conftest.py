@@ -1,0 +1,59 @@
+"""Two tests at a time, where contrib/check has them run by pytest-xdist; and those that must be `alone` are.
+
+The guests take turns in one of the two processes, the benchmarks in another: they share caches and places. What is `alone` comes
+last, in one of them, and whoever runs beside it waits until it is over. Without pytest-xdist nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent
+TAKING_TURNS = {
+    HERE / "guest": "guests",
+    HERE / "interop/test_benches.py": "benchmarks",
+    HERE / "interop/test_benchmark.py": "benchmarks",
+}
+
+
+def is_one_of_two(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has sorted them by the fixtures that they share
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not is_one_of_two(config):
+        return
+    groups = []
+    for item in items:
+        group = next((name for place, name in TAKING_TURNS.items() if item.path.is_relative_to(place)), "")
+        if item.get_closest_marker("alone"):
+            group = "alone"
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+        groups.append(group)
+    order = ["guests", "benchmarks", "", "alone"]  # the longest first, so that both end at the same time
+    items[:] = [item for _, item in sorted(zip(groups, items, strict=True), key=lambda pair: order.index(pair[0]))]
+
+
+@pytest.fixture(autouse=True)
+def _turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if not is_one_of_two(request.config):
+        yield
+        return
+    both = tmp_path_factory.getbasetemp().parent  # each process has a folder of its own there
+    with ExitStack() as stack:
+        # Who wants to be alone has the gate, until who is inside has gone: nobody gets past.
+        with (both / "gate").open("w") as gate:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            inside = stack.enter_context((both / "inside").open("w"))
+            fcntl.flock(inside, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
+        yield
