@@ -352,6 +352,9 @@ class CachingFilesystem(Filesystem):
 
     # ---- data
 
+    def read_at_once(self, _fh: int, _off: int, _size: int) -> bytes | None:
+        return None  # rules come first
+
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._cached.get(fh)
         if handle is None:
@@ -574,7 +577,7 @@ async def _serve(
             nursery.start_soon(requests.serve, nursery)
             nursery.start_soon(_unmount_at_signal, mountpoint, nursery.cancel_scope)
             nursery.start_soon(_announce, mountpoint, f"{directory} is served at {mountpoint}", trigger, seed)
-            await receiver.main()
+            await receiver.main(filesystem)
             await filesystem.write_all_back()
             nursery.cancel_scope.cancel()
     finally:

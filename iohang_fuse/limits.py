@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
-import os
 import resource
 import signal
 from dataclasses import dataclass
@@ -16,23 +14,12 @@ from pathlib import Path
 
 from iohang_fuse import presence, syscalls
 
-MAX_TASKS = 1 << 30
-"""pyfuse3's tasks: one per unanswered request. At the limit nothing is read any more, `stat` and close(2) included, so
-holding must not be able to reach it; the kernel's own limits (max_background, one request per blocked process) come first."""
-
-MIN_TASKS = 64
-"""Idle tasks kept: below that, each burst of requests creates and ends them again."""
-
 SLOWEST_ATTEMPT_S = 120
 """An attempt that fails: a `soft` NFS mount, vers 4.2, gave its first error after 92 s. One that never returns (`hard`) would
 need a limit that is off; that is said in the documentation, not checked."""
 
 log = logging.getLogger(__name__)
 
-_LARGEST_REQUEST_BYTES = (1 << 20) + 4096
-"""libfuse 3.14's receive buffer: FUSE's largest write and its header."""
-
-_PIPE_MAX_SIZE = Path("/proc/sys/fs/pipe-max-size")
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _FILES = 1 << 20
 
@@ -43,7 +30,6 @@ class System:
 
     default_request_timeout_s: int = 0
     max_request_timeout_s: int = 0
-    max_map_count: int = 65530
     open_files: int = _FILES
 
 
@@ -66,14 +52,11 @@ def read_system() -> System:
     return System(
         default_request_timeout_s=number("/proc/sys/fs/fuse/default_request_timeout", 0),
         max_request_timeout_s=number("/proc/sys/fs/fuse/max_request_timeout", 0),
-        max_map_count=number("/proc/sys/vm/max_map_count", 65530),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
 
 
-def problems(
-    system: System, *, timeout_s: float, shortest_timeout_s: float, interval_s: float, max_background: int
-) -> list[Problem]:
+def problems(system: System, *, timeout_s: float, shortest_timeout_s: float, interval_s: float) -> list[Problem]:
     """What cannot work together, each with what would be right. *timeout_s* is the longest of the three timeouts."""
     found = []
     names = {
@@ -100,16 +83,6 @@ def problems(
                 "is tried again",
                 f"using an interval of {effective_interval(shortest_timeout_s, interval_s):g} s",
                 fatal=False,
-            )
-        )
-    # libfuse gives each task a receive buffer of its own, a mapping of 1 MiB.
-    if max_background + 1024 > system.max_map_count:
-        found.append(
-            Problem(
-                f"max_background is {max_background}, and vm.max_map_count ({system.max_map_count}) allows fewer receive "
-                "buffers",
-                f"lower it, or set `sysctl -w vm.max_map_count={2 * max_background + 65530}`",
-                fatal=True,
             )
         )
     if system.open_files < 4096:
@@ -141,32 +114,6 @@ def raise_open_files() -> None:
         except (ValueError, OSError):
             continue  # more than the hard limit takes CAP_SYS_RESOURCE
         return
-
-
-def price_of_held_bytes() -> int:
-    """What a held byte of data costs in memory: itself, and again itself in libfuse's receive buffer, unless that is a pipe.
-
-    libfuse takes large requests through a pipe where one can be had that holds them, and otherwise through a buffer for each
-    task, which stays as it is until the task's request is answered. More than fs.pipe-max-size takes CAP_SYS_RESOURCE.
-    """
-    if _a_request_fits_a_pipe():
-        return 1
-    try:
-        _PIPE_MAX_SIZE.write_text(f"{2 * (1 << 20)}\n")  # pipes have a power of two
-    except OSError as error:
-        log.info("fs.pipe-max-size stays below 2 MiB (%s): held data takes twice its size of held_limit", error)
-    return 1 if _a_request_fits_a_pipe() else 2
-
-
-def _a_request_fits_a_pipe() -> bool:
-    ends = os.pipe()
-    try:
-        return fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, _LARGEST_REQUEST_BYTES) >= _LARGEST_REQUEST_BYTES
-    except OSError:
-        return False
-    finally:
-        for end in ends:
-            os.close(end)
 
 
 def set_max_background_of(mountpoint: str, count: int) -> None:

@@ -111,7 +111,6 @@ class _Server:
             config.held_limit_bytes,
             [self._event_log.tell],
             write_log=config.write_log_bytes,
-            price=limits.price_of_held_bytes(),
             engine=engine,
         )
         if engine.ring is not None:
@@ -230,7 +229,7 @@ class _Server:
                     nursery.start_soon(_aside, reconnect.serve)
                 if self._monitor is not None:
                     nursery.start_soon(_aside, self._monitor.serve)
-                await receiver.main()
+                await receiver.main(filesystem)
                 await self._unmounting.say_goodbye("unmounted")
                 nursery.cancel_scope.cancel()
         finally:

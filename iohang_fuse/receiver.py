@@ -1,28 +1,57 @@
-"""How requests are taken from /dev/fuse: pyfuse3's main loop, with a cheaper lock and a cheaper wait.
+"""How requests are taken from /dev/fuse: reads, writes and forgets are answered here, all others by pyfuse3.
 
-1. pyfuse3 has many tasks, of which one at a time waits for /dev/fuse, with trio.Lock and trio.lowlevel.wait_readable. For each
-   request that is two or three rounds of trio's loop and two changes of epoll's set, which cost more than all the rest of a
-   small request. Here the one that has been served goes on with the next request, as long as there is one.
-2. pyfuse3 finds both in its global `trio`. pyfuse3.asyncio replaces that in the same way: nothing of pyfuse3 is changed.
-3. After some requests in a row trio has its turn all the same: answers, timers and signals do not wait for a busy guest (P7).
-4. What is done in one round of the loop is answered before anything new is taken: a guest is woken once for all of it, and
+1. pyfuse3 goes by libfuse, with a coroutine, a pipe and two copies of the data for each request. For names and attributes that is
+   fine; for data it costs more than what is to be done about it.
+2. So pyfuse3 gets the end of a socket in place of /dev/fuse, by which it is told what is for it, and answers. libfuse takes any
+   descriptor on which a read gives it one request: there is never more than one in it at a time.
+3. pyfuse3 finds what it waits with in its global `trio`. pyfuse3.asyncio replaces that in the same way: nothing of pyfuse3 is
+   changed.
+4. Who has answered a request goes on with the next, as long as there is one: a round of trio's loop for each costs more than all
+   the rest of a small one. After some in a row trio has its turn all the same: answers, timers and signals do not wait for a busy
+   guest (P7).
+5. What is done in one round of the loop is answered before anything new is taken: a guest is woken once for all of it, and
    waking a processor that sleeps costs more than an answer. And while more requests wait, several tasks take them in one round:
    each sleeps until its request is done, and what a round costs is shared by all that it takes.
+6. The numbers and structures are those of linux/fuse.h, which are the same on all architectures, and never change.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import gc
+import logging
+import os
+import queue
 import select
-from typing import TYPE_CHECKING, Any, NoReturn
+import socket
+import struct
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pyfuse3
 import trio
 
-from iohang_fuse import limits
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine, Sequence
+
+log = logging.getLogger(__name__)
+
+_FORGET, _READ, _WRITE, _INTERRUPT, _BATCH_FORGET = 2, 15, 16, 36, 42
+
+# fuse_in_header, and fuse_read_in or fuse_write_in: they have these fields in the same places.
+# length, opcode, unique, node, uid, gid, pid, padding; handle, offset, size, flags, lock owner, flags, padding
+_REQUEST = struct.Struct("=IIQQIIIIQQIIQII")
+_FORGOTTEN = struct.Struct("=QQ")
+_HEADER_BYTES = 40
+_ANSWER = struct.Struct("=IiQ")  # fuse_out_header: length, error, unique
+_WRITTEN = struct.Struct("=IiQII")  # and fuse_write_out: size, padding
+
+_LARGEST_BYTES = 1 << 20  # FUSE's largest write
+LARGE_BYTES = 64 << 10
+"""What is larger is received where it stays, if it is as large as the one before: not to copy it is worth a guess."""
 
 IN_A_ROW = 16
 """Requests between two rounds of trio's loop: 16 reads of 1 MiB from the page cache take some 3 ms."""
@@ -31,40 +60,369 @@ CALLED = 8
 """Tasks that are called at once while requests wait. On the workload 4k-write-16 of contrib/benchmark 8 do more than 4, 4 more than
 1. Who is called for nothing costs time."""
 
+IDLE = 64
+"""Tasks kept, by us and by pyfuse3: below that, each burst of requests creates and ends them again."""
+
+_SOCKET_BYTES = 256 << 10
+"""Of what is under way to pyfuse3 and back, where a full socket would wait for us: extended attributes have 64 KiB at most, and one
+is passed on before the next comes."""
+
+_ANY_NUMBER = 1 << 30
+"""Of pyfuse3's tasks: one for each of its requests that waits. At a limit nothing would be taken any more, close(2) included."""
+
 NEW_OBJECTS = 20_000
 """Between two searches for garbage, instead of 700: some 5,000 writes, whose entries in the write log are no garbage for long, by
 the way of 4k writes."""
 
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.argtypes, _new_bytes.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
+_address = ctypes.pythonapi.PyBytes_AsString
+_address.argtypes, _address.restype = (ctypes.py_object,), ctypes.c_void_p
 
-class _Device:
-    """/dev/fuse, as its descriptor becomes known."""
+
+class Turnstile:
+    """Who leaves may enter again at once, and calls others who wait, in case that he does not.
+
+    Of those who wait the latest is called first: the fewest tasks stay in use.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._taken = False
+        self._latest: trio.lowlevel.Task | None = None
+        self._called = 0  # who were called, and have not run since
+        self.waiting: list[trio.lowlevel.Task] = []
+
+    async def __aenter__(self) -> None:
+        task = trio.lowlevel.current_task()
+        slept = task is not self._latest
+        if slept and not self._taken:  # he has just answered; so may others, who come first
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        while self._taken:
+            await self._wait(task)
+        self._taken = True
+        self._latest = task
+        self._device.slept = slept
+
+    async def __aexit__(self, *_: object) -> None:
+        self._taken = False
+        while self.waiting and self._called < self._device.wanted:
+            self._called += 1
+            trio.lowlevel.reschedule(self.waiting.pop())
+
+    async def _wait(self, task: trio.lowlevel.Task) -> None:
+        self.waiting.append(task)
+
+        def abort(_raise_cancel: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
+            self.waiting.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        self._called -= 1
+
+
+class Device:
+    """/dev/fuse of one mount."""
 
     def __init__(self) -> None:
-        self._ready = select.poll()
-        self._fd = -1
         self.in_a_row = 0
         self.wanted = 1  # so many tasks to take requests at once
         self.slept = False  # whether who takes the next one has slept since the one before
+        self._operations: Any = None
+        self._nursery: trio.Nursery | None = None
+        self._fd = -1
+        self._ready = select.poll()
+        self._over = False
+        self._turnstile = Turnstile(self)
+        self._header = bytearray(_REQUEST.size)
+        self._large = b""  # where the next request's data is received if it is as large as that
+        self._rest = memoryview(bytearray(_LARGEST_BYTES))
+        self._buffers: list[Any] = [self._header, self._rest]
+        # pyfuse3's
+        self._end: socket.socket | None = None  # ours of the pair; the other one is where it had /dev/fuse
+        self._forwarded: deque[bytes] = deque()
+        self._takers: list[trio.lowlevel.Task] = []
+        self._answers = bytearray()
+        self._notices: queue.SimpleQueue[bytearray | None] | None = None
+
+    async def serve(self, operations: Any) -> None:
+        """Until the mount is gone, or pyfuse3.terminate() is called, and what was taken is answered."""
+        self._operations = operations
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await pyfuse3.main(IDLE, _ANY_NUMBER)
+                self._stop()
+                self.pass_on()
+        finally:
+            if self._end is not None:
+                self._end.close()
+                os.close(self._fd)
+            if self._notices is not None:
+                self._notices.put(None)
+
+    # ---- what is taken from /dev/fuse
 
     def is_ready(self) -> bool:
         """Whether a request waits there."""
         return bool(self._ready.poll(0))
 
-    async def wait(self, fd: int) -> None:
-        """Until *fd* is readable; without a round of the loop if it is, IN_A_ROW times."""
-        if fd != self._fd:
-            self._fd = fd
-            self._ready = select.poll()
-            self._ready.register(fd, select.POLLIN)
+    def _attach(self, fd: int) -> None:
+        """Take *fd* over from pyfuse3, which has just mounted it."""
+        self._fd = os.dup(fd)
+        os.set_blocking(self._fd, False)
+        self._ready.register(self._fd, select.POLLIN)
+        self._end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for end in (self._end, other):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        self._end.settimeout(0)
+        os.dup2(other.fileno(), fd, inheritable=False)
+        other.close()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._take)
+        self._nursery.start_soon(self._pass_on_all)
+
+    def _stop(self) -> None:
+        """Nothing is taken any more."""
+        if not self._over:
+            self._over = True
+            if self._end is not None:
+                trio.lowlevel.notify_closing(self._fd)
+                trio.lowlevel.notify_closing(self._end)
+            for tasks in (self._turnstile.waiting, self._takers):
+                for task in tasks:
+                    trio.lowlevel.reschedule(task)
+                tasks.clear()
+
+    async def _take(self) -> None:
+        """One of our tasks: takes requests, answers what it can at once, and goes with the first that it cannot."""
+        turnstile = self._turnstile
+        assert self._nursery is not None
+        while len(turnstile.waiting) <= IDLE:
+            async with turnstile:
+                work = await self._next()
+            if work is None:
+                return
+            if not turnstile.waiting:
+                self._nursery.start_soon(self._take)
+            await work
+
+    async def _next(self) -> Coroutine[Any, Any, None] | None:
+        """The next request's answer, to be awaited; None if there will be none."""
+        while not self._over:
+            try:
+                length = await self._receive()
+            except trio.ClosedResourceError:
+                return None
+            except OSError as error:
+                if error.errno == errno.ENOENT:  # it was given up before we had it
+                    continue
+                if error.errno != errno.ENODEV:  # unmounted
+                    log.error("/dev/fuse cannot be read: %s", error)  # noqa: TRY400
+                self._stop()
+                return None
+            work = self._answer(length)
+            if work is not None:
+                return work
+        return None
+
+    def _answer(self, length: int) -> Coroutine[Any, Any, None] | None:
+        """Answer the request in the buffers, or return what will. None: there is nothing left to do."""
+        _, opcode, unique, node, _, _, _, _, handle, offset, size, _, _, _, _ = _REQUEST.unpack_from(self._header)
+        if opcode == _READ:
+            data = self._read_at_once(handle, offset, size)
+            if data is None:
+                return self._read(unique, handle, offset, size)
+            self._tell(unique, data)
+        elif opcode == _WRITE:
+            return self._write(unique, handle, offset, self._data(size))
+        elif opcode == _FORGET:
+            return self._forget([(node, handle)])
+        elif opcode == _BATCH_FORGET:
+            message, count = self._message(length), handle & 0xFFFFFFFF
+            at = _HEADER_BYTES + 8
+            return self._forget([*_FORGOTTEN.iter_unpack(message[at : at + count * _FORGOTTEN.size])])
+        elif opcode != _INTERRUPT:  # which changes nothing: pyfuse3 has no way to tell anybody
+            self._forwarded.append(self._message(length))
+            if self._takers:
+                trio.lowlevel.reschedule(self._takers.pop())
+        return None
+
+    async def _receive(self) -> int:
+        """Have one request in the buffers. Without a round of the loop where one waits already, IN_A_ROW times."""
         self.in_a_row += 1
-        if self.in_a_row >= IN_A_ROW or not self._ready.poll(0):
-            self.in_a_row = 0
-            self.wanted = max(self.wanted - 1, 1)
-            await trio.lowlevel.wait_readable(fd)
-        elif self.slept:  # and meanwhile nobody has taken it
-            self.wanted = min(self.wanted + 1, CALLED)
+        if self.in_a_row < IN_A_ROW:
+            try:
+                length = os.readv(self._fd, self._buffers)
+            except BlockingIOError:
+                pass
+            else:
+                # He has slept, and meanwhile nobody has taken it: more should.
+                self.wanted = min(self.wanted + 1, CALLED) if self.slept else 1
+                self.slept = False
+                return length
+        self.in_a_row = 0
+        self.wanted = max(self.wanted - 1, 1)
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            with contextlib.suppress(BlockingIOError):
+                return os.readv(self._fd, self._buffers)
+
+    def _data(self, size: int) -> bytes:
+        """What is to be written by the request in the buffers."""
+        large = self._large
+        if size == len(large):
+            self._expect(size)
+            return large
+        if size < len(large):
+            data = large[:size]
+        elif large:
+            data = b"".join((large, self._rest[: size - len(large)]))
         else:
-            self.wanted = 1
+            data = bytes(self._rest[:size])
+        if size > LARGE_BYTES:
+            self._expect(size)
+        return data
+
+    def _expect(self, size: int) -> None:
+        self._large = cast("bytes", _new_bytes(None, size))
+        place = (ctypes.c_char * size).from_address(_address(self._large))  # nobody else has seen it yet
+        self._buffers = [self._header, place, self._rest]
+
+    def _message(self, length: int) -> bytes:
+        """The whole request."""
+        parts, left = [], length
+        for part in (self._header, self._large, self._rest):
+            parts.append(memoryview(part)[: max(left, 0)])
+            left -= len(part)
+        return b"".join(parts)
+
+    # ---- how it is answered
+
+    def _read_at_once(self, handle: int, offset: int, size: int) -> bytes | None:
+        try:
+            data: bytes | None = self._operations.read_at_once(handle, offset, size)
+        except Exception:
+            log.exception("a bug in reading from the page cache; the mount stays")
+            return None
+        return data
+
+    async def _read(self, unique: int, handle: int, offset: int, size: int) -> None:
+        try:
+            data = await self._operations.read(handle, offset, size)
+        except pyfuse3.FUSEError as error:
+            self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
+        else:
+            self._tell(unique, data)
+
+    async def _write(self, unique: int, handle: int, offset: int, data: bytes) -> None:
+        try:
+            count = await self._operations.write(handle, offset, data)
+        except pyfuse3.FUSEError as error:
+            self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
+        else:
+            self._send(_WRITTEN.pack(_WRITTEN.size, 0, unique, count, 0))
+
+    async def _forget(self, nodes: Sequence[tuple[int, int]]) -> None:
+        await self._operations.forget(nodes)  # nobody waits for an answer
+
+    def _tell(self, unique: int, data: bytes) -> None:
+        try:
+            os.writev(self._fd, (_ANSWER.pack(_ANSWER.size + len(data), 0, unique), data))
+        except OSError as error:
+            _not_told(error)
+
+    def _send(self, answer: bytes | bytearray) -> None:
+        try:
+            os.write(self._fd, answer)
+        except OSError as error:
+            _not_told(error)
+
+    # ---- what is pyfuse3's
+
+    async def wait_for_forwarded(self, fd: int) -> None:
+        """In place of trio.lowlevel.wait_readable, for pyfuse3, with /dev/fuse. Raises ClosedResourceError at the end."""
+        if self._end is None:
+            self._attach(fd)
+        assert self._end is not None
+        while not (self._forwarded or self._over):
+            task = trio.lowlevel.current_task()
+            self._takers.append(task)
+
+            def abort(_raise_cancel: Callable[[], NoReturn], task: trio.lowlevel.Task = task) -> trio.lowlevel.Abort:
+                self._takers.remove(task)
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        if self._over:
+            raise trio.ClosedResourceError
+        self._end.sendall(self._forwarded.popleft())
+
+    def terminated(self, _fd: int) -> None:
+        """In place of trio.lowlevel.notify_closing, for pyfuse3."""
+        self._stop()
+
+    def pass_on(self) -> None:
+        """To the kernel, what pyfuse3 has answered."""
+        if self._end is None:
+            return
+        answers = self._answers
+        while True:
+            try:
+                answers += self._end.recv(_LARGEST_BYTES)
+            except BlockingIOError:
+                return
+            while len(answers) >= _ANSWER.size:
+                length, _, unique = _ANSWER.unpack_from(answers)
+                if len(answers) < length:
+                    break
+                if unique:
+                    self._send(answers[:length])
+                else:
+                    self._notify(answers[:length])
+                del answers[:length]
+
+    def _notify(self, notice: bytearray) -> None:
+        """Tell the kernel what it has not asked for. It may wait for a lock, whose owner waits for us: in a thread."""
+        if self._notices is None:
+            self._notices = queue.SimpleQueue()
+            threading.Thread(target=_notify_all, args=(os.dup(self._fd), self._notices), daemon=True).start()
+        self._notices.put(notice)
+
+    async def _pass_on_all(self) -> None:
+        """What is not passed on at the `Gate`: the last words of a task that ends, and what nobody has asked for."""
+        assert self._end is not None
+        with contextlib.suppress(trio.ClosedResourceError):
+            while True:
+                await trio.lowlevel.wait_readable(self._end)
+                self.pass_on()
+
+
+class Gate:
+    """In place of trio.Lock, for pyfuse3: each of its tasks comes here as soon as it has answered."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = trio.Lock()
+
+    async def __aenter__(self) -> None:
+        self._device.pass_on()
+        await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _notify_all(fd: int, notices: queue.SimpleQueue[bytearray | None]) -> None:
+    while (notice := notices.get()) is not None:
+        with contextlib.suppress(OSError):  # ENOENT: what is to be forgotten is, already
+            os.write(fd, notice)
+    os.close(fd)
+
+
+def _not_told(error: OSError) -> None:
+    if error.errno not in {errno.ENOENT, errno.ENODEV}:  # nobody waits for it any more
+        log.error("an answer to the kernel failed: %s", error)
 
 
 def others_wait() -> bool:
@@ -77,55 +435,15 @@ def request_waits() -> bool:
     return _device.is_ready()
 
 
-_device = _Device()
-
-
-class Turnstile:
-    """In place of trio.Lock: who leaves may enter again at once, and calls others who wait, in case that he does not.
-
-    Of those who wait the latest is called first: the fewest tasks, and their receive buffers, stay in use.
-    """
-
-    def __init__(self, device: _Device) -> None:
-        self._device = device
-        self._taken = False
-        self._latest: trio.lowlevel.Task | None = None
-        self._called = 0  # who were called, and have not run since
-        self._waiting: list[trio.lowlevel.Task] = []
-
-    async def __aenter__(self) -> None:
-        task = trio.lowlevel.current_task()
-        slept = task is not self._latest
-        if slept and not self._taken:  # he has just answered; so may others, who come first
-            await trio.lowlevel.checkpoint()
-        while self._taken:
-            await self._wait(task)
-        self._taken = True
-        self._latest = task
-        self._device.slept = slept
-
-    async def __aexit__(self, *_: object) -> None:
-        self._taken = False
-        while self._waiting and self._called < self._device.wanted:
-            self._called += 1
-            trio.lowlevel.reschedule(self._waiting.pop())
-
-    async def _wait(self, task: trio.lowlevel.Task) -> None:
-        self._waiting.append(task)
-
-        def abort(_raise_cancel: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
-            self._waiting.remove(task)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
-        self._called -= 1
+_device = Device()
 
 
 class _Lowlevel:
-    """trio.lowlevel, but for one function."""
+    """trio.lowlevel, but for two functions."""
 
-    def __init__(self, device: _Device) -> None:
-        self.wait_readable = device.wait
+    def __init__(self, device: Device) -> None:
+        self.wait_readable = device.wait_for_forwarded
+        self.notify_closing = device.terminated
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -134,20 +452,20 @@ class _Lowlevel:
 class _Trio:
     """trio, but for two names."""
 
-    def __init__(self, device: _Device) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
         self.lowlevel = _Lowlevel(device)
 
-    def Lock(self) -> Turnstile:  # noqa: N802 - trio's name
-        return Turnstile(self._device)
+    def Lock(self) -> Gate:  # noqa: N802 - trio's name
+        return Gate(self._device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)
 
 
-async def main() -> None:
+async def main(operations: object) -> None:
     """Serve the mount of `pyfuse3.init` until it is unmounted, or pyfuse3.terminate() is called."""
     gc.freeze()  # what is there by now stays
     gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
     pyfuse3.trio = _Trio(_device)  # type: ignore[attr-defined]
-    await pyfuse3.main(limits.MIN_TASKS, limits.MAX_TASKS)
+    await _device.serve(operations)

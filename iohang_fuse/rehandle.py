@@ -73,25 +73,21 @@ class Policy:
 
 @dataclass(slots=True)
 class HeldBytes:
-    """The memory that is held in all images together, against `held_limit` (P10). Only writes hold data.
-
-    A byte of data costs *price* bytes: 2 where libfuse keeps each request's receive buffer until the answer.
-    """
+    """The memory that is held in all images together, against `held_limit` (P10). Only writes hold data."""
 
     limit: int
     held: int = 0
-    price: int = 1
 
     def take(self, count: int, *, whatever_the_limit: bool = False) -> bool:
         """Account for *count* bytes of data, unless that would exceed the limit."""
-        if self.held + count * self.price > self.limit and not whatever_the_limit:
+        if self.held + count > self.limit and not whatever_the_limit:
             return False
-        self.held += count * self.price
+        self.held += count
         return True
 
     def give_back(self, count: int) -> None:
         """*count* bytes of data are held no more."""
-        self.held -= count * self.price
+        self.held -= count
 
 
 class Request:

@@ -56,13 +56,12 @@ class Requests:
         listeners: Iterable[Callable[[Event], None]],
         *,
         write_log: int = 0,
-        price: int = 1,
         engine: Engine | None = None,
     ) -> None:
-        """*write_log*: bytes per image, 0 for none. *price*: what a byte of held data costs, see `HeldBytes`."""
+        """*write_log*: bytes per image, 0 for none."""
         self.engine = Engine() if engine is None else engine
         self._policy = policy
-        self._held_bytes = HeldBytes(held_limit, price=price)
+        self._held_bytes = HeldBytes(held_limit)
         self._write_log = write_log
         self.tally = Tally(self._sick)
         self._listeners = [self.tally.tell, *listeners]
@@ -156,9 +155,12 @@ class Requests:
 
     async def read(self, handle: Handle, offset: int, size: int) -> bytes:
         """Up to *size* bytes at *offset*. Raises OSError when it was given up or its error is passed on."""
-        image, backing, tally = handle.image, handle.backing, self.tally
-        tally.reads += 1
-        written = image.log
+        data = self.read_at_once(handle, offset, size)
+        return await self.read_later(handle, offset, size) if data is None else data
+
+    def read_at_once(self, handle: Handle, offset: int, size: int) -> bytes | None:
+        """The same where it takes no time, or None. A large answer is valid until the next call only."""
+        image, backing = handle.image, handle.backing
         if (
             backing.reads_cached
             and not backing.failures
@@ -168,10 +170,19 @@ class Requests:
         ):
             cached = backing.read_cached(offset, size)
             if cached is not None:
+                written = image.log
                 if written.end > offset:
                     cached = written.overlay(offset, size, cached, (), written.end)
-                tally.bytes_read += len(cached)
+                self.tally.reads += 1
+                self.tally.bytes_read += len(cached)
                 return cached
+        return None
+
+    async def read_later(self, handle: Handle, offset: int, size: int) -> bytes:
+        """The same by an attempt, which takes its time."""
+        image, backing, tally = handle.image, handle.backing, self.tally
+        tally.reads += 1
+        written = image.log
         work = Transfer(backing, offset, size)
         request, step = image.held.arrive(Op.READ, offset, size, self._now())
         begun = 0

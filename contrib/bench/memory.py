@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iohang_fuse.limits import price_of_held_bytes
 from tests.harness import FlakySource, Mount, wait_until
 
 if TYPE_CHECKING:
@@ -228,8 +227,7 @@ def main() -> int:
         parser.exit(2, "memory: this needs root, /dev/fuse and fio\n")
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # and so clean up
     sizes = Sizes(arguments.held_limit, arguments.write_log)
-    price = price_of_held_bytes()
-    print(f"held_limit={sizes.held_limit}, write_log={sizes.write_log}; a held byte costs {price}; all in MiB\n")
+    print(f"held_limit={sizes.held_limit}, write_log={sizes.write_log}; all in MiB\n")
     print("1 MiB writes, direct, on a source that fails")
     print(f"{'asked':>8}{'held':>8}{'passed on':>11}{'data held':>12}{'RSS':>8}{'peak':>8}{'after':>8}{'bound':>9}")
     fine = [hold(sizes, count) for count in HELD]

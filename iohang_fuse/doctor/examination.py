@@ -145,7 +145,7 @@ def _limits(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             Level.OK,
             "limits",
-            "the kernel's timeouts for FUSE, open files and receive buffers leave room for these settings",
+            "the kernel's timeouts for FUSE and open files leave room for these settings",
         )
 
 
@@ -218,12 +218,10 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     available = facts.host.memory_available_bytes
     if available is None:
         return
-    price = 1 if facts.host.requests_fit_a_pipe else 2
     images = max(facts.served.images if facts.served else 1, 1)
-    most = price * facts.settings.held_limit_bytes + images * facts.settings.write_log_bytes
-    twice = " twice (fs.pipe-max-size is below 2 MiB)" if price == 2 else ""
+    most = facts.settings.held_limit_bytes + images * facts.settings.write_log_bytes
     seen = (
-        f"held_limit {size_words(facts.settings.held_limit_bytes)}{twice} "
+        f"held_limit {size_words(facts.settings.held_limit_bytes)} "
         f"and a write_log of {size_words(facts.settings.write_log_bytes)} for each of {images} open images are {size_words(most)}; "
         f"{size_words(available)} are available"
     )
@@ -233,7 +231,7 @@ def _memory(facts: Facts) -> Iterator[Finding]:
             "memory",
             seen,
             "in a long outage the server may be killed for want of memory, and its guests lose their disks",
-            f"-o held_limit={max((available - images * facts.settings.write_log_bytes) // (2 * price), 64 << 20) >> 20}M",
+            f"-o held_limit={max((available - images * facts.settings.write_log_bytes) // 2, 64 << 20) >> 20}M",
         )
     else:
         yield Finding(Level.OK, "memory", seen)

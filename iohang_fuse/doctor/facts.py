@@ -78,8 +78,6 @@ class Host:
     """0 where the kernel does not look for hung tasks."""
     hung_task_panic: bool = False
     memory_available_bytes: int | None = None
-    requests_fit_a_pipe: bool = True
-    """If not, held data takes twice its size; see limits.py."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from iohang_fuse.mounttable import Mounted
 
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
-_PIPE_BYTES = 2 << 20
 _FILES = 1 << 20
 
 
@@ -43,7 +42,7 @@ def before_mount(config: Config, refusal: Callable[[], str | None]) -> Facts:
         table=table,
         planned=tuple(presence.planned_mounts()),
         limits=_limits(settings, limits.read_system().open_files),
-        host=read_host(will_raise_pipes=os.geteuid() == 0),
+        host=read_host(),
         monitor=None if monitor is None else str(monitor),
         monitor_taken=monitor is not None and monitor.exists() and listens(monitor),
         qemus=qemus(str(config.mountpoint)),
@@ -72,7 +71,7 @@ def of_mount(
         table=table,
         planned=tuple(presence.planned_mounts()),
         limits=_limits(settings, _open_files(pid)),
-        host=read_host(will_raise_pipes=False),
+        host=read_host(),
         served=Served(
             answers=status is not None,
             why_not=why_not,
@@ -175,9 +174,8 @@ def _settings_from_fstab(mounted: Mounted) -> tuple[Settings, str]:
 # ---- the system
 
 
-def read_host(*, will_raise_pipes: bool) -> Host:
-    """*will_raise_pipes*: the server that is to be may raise fs.pipe-max-size, and does."""
-    pipe_bytes = limits.number("/proc/sys/fs/pipe-max-size", 0)
+def read_host() -> Host:
+    """What is set on this machine."""
     return Host(
         is_root=os.geteuid() == 0,
         user_allow_other=_says_user_allow_other(),
@@ -185,7 +183,6 @@ def read_host(*, will_raise_pipes: bool) -> Host:
         hung_task_timeout_s=limits.number("/proc/sys/kernel/hung_task_timeout_secs", 0),
         hung_task_panic=bool(limits.number("/proc/sys/kernel/hung_task_panic", 0)),
         memory_available_bytes=_memory_available(),
-        requests_fit_a_pipe=pipe_bytes >= _PIPE_BYTES or will_raise_pipes,
     )
 
 
@@ -248,13 +245,10 @@ def _lease_s(below: Mounted | None) -> float | None:
 def _limits(settings: Settings, open_files: int) -> tuple[Limit, ...]:
     system = limits.read_system()
     found = limits.problems(
-        limits.System(
-            system.default_request_timeout_s, system.max_request_timeout_s, system.max_map_count, open_files=open_files
-        ),
+        limits.System(system.default_request_timeout_s, system.max_request_timeout_s, open_files=open_files),
         timeout_s=max(settings.timeouts_s),
         shortest_timeout_s=min((each for each in settings.timeouts_s if each), default=0),
         interval_s=settings.interval_s,
-        max_background=settings.max_background,
     )
     return tuple(Limit(each.seen, each.do, each.fatal) for each in found)
 

@@ -198,7 +198,6 @@ CASES: list[tuple[Facts, str, Level, str, str]] = [
     ),
     (GOOD, "memory", OK, "each of 3 open images are 1.19 GiB; 8 GiB are available", ""),
     (with_(host__memory_available_bytes=1 << 30), "memory", WARNING, "1 GiB are available", "-o held_limit=416M"),
-    (with_(host__memory_available_bytes=2 << 30, host__requests_fit_a_pipe=False), "memory", WARNING, "twice", "held_limit="),
     (GOOD, "users", OK, "allow_other", ""),
     (with_(settings__mount_words=()), "users", ADVICE, "allow_other is not given", "-o allow_other,default_permissions"),
     (with_(BEFORE, host__is_root=False), "users", PROBLEM, "does not say user_allow_other", "echo user_allow_other >>"),

@@ -223,10 +223,10 @@ def test_a_symlink_to_the_outside_is_followed_by_the_caller_not_by_the_server(
     assert outside.read_bytes() == b"wri"
     assert outside.stat().st_mode & 0o777 == 0o600
     assert calls
-    # What readlink(2) gave goes to the kernel with a writev(2); nothing else may have anything to do with it.
+    # What readlink(2) gave goes to the kernel, by way of pyfuse3's socket; nothing else may have anything to do with it.
     reached = [line for line in calls if re.search("outside|hostname", line)]
     assert [line for line in reached if "readlink" in line]
-    assert not [line for line in reached if "readlink" not in line and "writev(" not in line]
+    assert not [line for line in reached if not re.search(r"readlink|writev\(|recvfrom\(|write\(\d+</dev/fuse>", line)]
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def test_no_race_with_a_symlink_leads_out(pair: Pair, kind: str, renameat2: Call
     succeeded = 0
     end = time.monotonic() + 2
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < end or (succeeded <= 50 and time.monotonic() < end + 20):  # on a busy machine
             for use in (_read, _write, _create, _change):
                 try:
                     reached.append(use(pair.mount))

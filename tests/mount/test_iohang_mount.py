@@ -492,8 +492,8 @@ def test_vanished_request_does_not_stop_the_server(paths: tuple[Path, Path], tmp
         wait_until(lambda: "failed with EIO" in mount.log_text(), what="the write to be held")
         # strace holds the server for 2 s before its read; the request that it was woken for is gone by then.
         with subprocess.Popen(
-            ["strace", "-f", "-qq", "-p", str(mount.pid), "-P", "/dev/fuse", "-e", "trace=splice,read", "-e",
-             "inject=splice,read:delay_enter=2000000"],
+            ["strace", "-f", "-qq", "-p", str(mount.pid), "-P", "/dev/fuse", "-e", "trace=readv", "-e",
+             "inject=readv:delay_enter=2000000"],
             stderr=subprocess.DEVNULL,
         ) as strace:  # fmt: skip
             status = Path(f"/proc/{mount.pid}/status")

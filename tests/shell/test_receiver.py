@@ -1,21 +1,30 @@
-"""How requests are taken: by tasks as pyfuse3 has them, from a pipe in place of /dev/fuse, of which each byte is a request."""
+"""What is taken from /dev/fuse, by whom and in which round, and what is left to pyfuse3. A socket is in the kernel's place."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
-from typing import TYPE_CHECKING
+import random
+import select
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
 
-import pytest
+import pyfuse3
 import trio
 
-from iohang_fuse import receiver
-from iohang_fuse.receiver import CALLED, IN_A_ROW
+from iohang_fuse.receiver import CALLED, IN_A_ROW, LARGE_BYTES, Device, Gate
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-TASKS = 64
+    import pytest
+
+MIB = 1 << 20
+FORGET, GETATTR, READ, WRITE, INTERRUPT, BATCH_FORGET = 2, 3, 15, 16, 36, 42
+MANY = 62
 
 
 class Rounds(trio.abc.Instrument):
@@ -27,166 +36,355 @@ class Rounds(trio.abc.Instrument):
         self.count += 1
 
 
-class Mount:
-    """A pipe, the tasks that take from it, and what they did: ("take" or "answer", which request, in which round)."""
+class Operations:
+    """The file system: of a read, *handle* says what becomes of the request of that number, which is its file handle."""
 
-    def __init__(self, handle: Callable[[int], Awaitable[None]]) -> None:
-        self.trio = receiver._Trio(receiver._Device())
-        self.lock = self.trio.Lock()
-        self.end, self.guest = os.pipe()
+    def __init__(self, handle: Callable[[int], Awaitable[None]] | None) -> None:
         self.handle = handle
         self.rounds = Rounds()
-        self.did: list[tuple[str, int, int]] = []
+        self.did: list[tuple[str, int, int]] = []  # ("take" or "answer", which request, in which round)
         self.tasks: list[int] = []  # who did it
-        self.inside = 0
+        self.written: list[tuple[int, int, bytes]] = []
+        self.forgotten: list[tuple[int, int]] = []
+        self.error = 0
 
-    def ask(self, *requests: int) -> None:
-        """The guest's part."""
-        os.write(self.guest, bytes(requests))
-
-    async def serve(self) -> None:
-        """One of pyfuse3's tasks."""
-        while True:
-            async with self.lock:
-                assert self.inside == 0, "one at a time"
-                self.inside += 1
-                await self.trio.lowlevel.wait_readable(self.end)
-                self.inside -= 1
-            (request,) = os.read(self.end, 1)
-            self._note("take", request)
-            await self.handle(request)
-            self._note("answer", request)
-
-    def _note(self, what: str, request: int) -> None:
+    def note(self, what: str, request: int) -> None:
         self.did.append((what, request, self.rounds.count))
         self.tasks.append(id(trio.lowlevel.current_task()))
 
-    async def answered(self, count: int) -> None:
-        """Until *count* requests are."""
+    def read_at_once(self, request: int, _offset: int, size: int) -> bytes | None:
+        if self.handle is not None:
+            return None
+        self.note("take", request)
+        self.note("answer", request)
+        return b"x" * size
+
+    async def read(self, request: int, _offset: int, size: int) -> bytes:
+        assert self.handle is not None
+        self.note("take", request)
+        await self.handle(request)
+        self.note("answer", request)
+        return b"x" * size
+
+    async def write(self, handle: int, offset: int, data: bytes) -> int:
+        if self.error:
+            raise pyfuse3.FUSEError(self.error)
+        self.written.append((handle, offset, data))
+        return len(data)
+
+    async def forget(self, nodes: Sequence[tuple[int, int]]) -> None:
+        self.forgotten += nodes
+
+
+class Kernel:
+    """The other end of /dev/fuse, the device, and the file system that it serves."""
+
+    def __init__(self, handle: Callable[[int], Awaitable[None]] | None) -> None:
+        self.end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.end, other):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
+        self.end.settimeout(0)
+        self.fuse = other.detach()
+        self.operations = Operations(handle)
+        self.device = Device()
+        self.answers: dict[int, tuple[int, bytes]] = {}  # by the request's number: the error and what came with it
+        self.for_pyfuse3: list[bytes] = []
+        self.reply: Callable[[bytes], bytes] = lambda message: answer(unique_of(message))
+
+    def ask(self, *requests: int, size: int = 1) -> None:
+        """Reads."""
+        for request in requests:
+            self.send(READ, request, struct.pack("=QQIIQII", request, 0, size, 0, 0, 0, 0))
+
+    def write(self, unique: int, offset: int, data: bytes) -> None:
+        self.send(WRITE, unique, struct.pack("=QQIIQII", 7, offset, len(data), 0, 0, 0, 0) + data)
+
+    def send(self, opcode: int, unique: int, body: bytes, node: int = 1) -> bytes:
+        message = struct.pack("=IIQQIIII", 40 + len(body), opcode, unique, node, 0, 0, 0, 0) + body
+        self.end.send(message)
+        return message
+
+    def hear(self) -> None:
+        """All answers that there are."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                message = self.end.recv(2 * MIB)
+                if not message:  # the server has gone
+                    return
+                length, error, unique = struct.unpack_from("=IiQ", message)
+                assert length == len(message)
+                assert unique not in self.answers
+                self.answers[unique] = error, message[16:]
+
+    async def answered(self, *requests: int) -> None:
+        """Until *requests* are."""
         with trio.fail_after(20):
-            while sum(what == "answer" for what, *_ in self.did) < count:  # noqa: ASYNC110 - it is no more than a test
+            while not self.answers.keys() >= {*requests}:
+                self.hear()
                 await trio.sleep(0.001)
+
+    async def pyfuse3_main(self, *_: int) -> None:
+        """pyfuse3's loop, as far as it matters here: see _session_loop in its internal.pxi."""
+        gate = Gate(self.device)
+
+        async def session_loop() -> None:
+            while True:
+                try:
+                    async with gate:
+                        await self.device.wait_for_forwarded(self.fuse)
+                except trio.ClosedResourceError:
+                    return
+                message = os.read(self.fuse, 2 * MIB)
+                self.for_pyfuse3.append(message)
+                reply = self.reply(message)
+                if reply:
+                    os.write(self.fuse, reply)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(session_loop)
 
     def in_rounds(self, what: str) -> list[int]:
         """How many requests were taken, or answered, in each round in which any was."""
-        rounds = [number for did, _, number in self.did if did == what]
+        rounds = [number for did, _, number in self.operations.did if did == what]
         return [rounds.count(number) for number in sorted({*rounds})]
 
 
+def unique_of(message: bytes) -> int:
+    return int(struct.unpack_from("=IIQ", message)[2])
+
+
+def answer(unique: int, body: bytes = b"", error: int = 0) -> bytes:
+    return struct.pack("=IiQ", 16 + len(body), error, unique) + body
+
+
 @contextlib.asynccontextmanager
-async def mounted(handle: Callable[[int], Awaitable[None]]) -> AsyncIterator[Mount]:
-    mount = Mount(handle)
-    trio.lowlevel.add_instrument(mount.rounds)
-    async with trio.open_nursery() as nursery:
-        for _ in range(TASKS):
-            nursery.start_soon(mount.serve)
-        await trio.testing.wait_all_tasks_blocked()
-        yield mount
-        nursery.cancel_scope.cancel()
-    trio.lowlevel.remove_instrument(mount.rounds)
-    os.close(mount.end)
-    os.close(mount.guest)
+async def mounted(
+    monkeypatch: pytest.MonkeyPatch, handle: Callable[[int], Awaitable[None]] | None = None
+) -> AsyncIterator[Kernel]:
+    kernel = Kernel(handle)
+    monkeypatch.setattr(pyfuse3, "main", kernel.pyfuse3_main)
+    trio.lowlevel.add_instrument(kernel.operations.rounds)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kernel.device.serve, kernel.operations)
+            await trio.testing.wait_all_tasks_blocked()
+            yield kernel
+            kernel.device.terminated(kernel.fuse)
+    finally:
+        trio.lowlevel.remove_instrument(kernel.operations.rounds)
+        kernel.end.close()
+        os.close(kernel.fuse)
 
 
-async def at_once(_request: int) -> None:
-    """A read from the page cache."""
-
-
-async def test_who_has_answered_at_once_goes_on_in_the_same_round() -> None:
+async def test_who_has_answered_at_once_goes_on_in_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """The point of it: a round of the loop for each request costs more than the request."""
-    async with mounted(at_once) as mount:
-        mount.ask(*range(IN_A_ROW - 1))
-        await mount.answered(IN_A_ROW - 1)
-        assert [request for what, request, _ in mount.did if what == "take"] == [*range(IN_A_ROW - 1)]
-        assert mount.in_rounds("take") == [IN_A_ROW - 1]
+    async with mounted(monkeypatch) as kernel:
+        kernel.ask(*range(IN_A_ROW - 1))
+        await kernel.answered(*range(IN_A_ROW - 1))
+        did = kernel.operations.did
+        assert [request for what, request, _ in did if what == "take"] == [*range(IN_A_ROW - 1)]
+        assert kernel.in_rounds("take") == [IN_A_ROW - 1]
 
 
-async def test_others_have_their_turn_all_the_same() -> None:
+async def test_others_have_their_turn_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: answers, timers and signals do not wait for a busy guest."""
-    async with mounted(at_once) as mount:
-        mount.ask(*[1] * 200)
-        await mount.answered(200)
-        assert max(mount.in_rounds("take")) <= IN_A_ROW
+    async with mounted(monkeypatch) as kernel:
+        kernel.ask(*range(200))
+        await kernel.answered(*range(200))
+        assert max(kernel.in_rounds("take")) <= IN_A_ROW
 
 
-async def test_several_take_while_requests_wait() -> None:
+async def test_several_take_while_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a round costs is shared by all that it takes, though each task sleeps until its request is done."""
     ready = trio.Event()
 
     async def later(_request: int) -> None:
         await ready.wait()
 
-    async with mounted(later) as mount:
-        mount.ask(*range(TASKS))
-        while len(mount.did) < TASKS:
-            await trio.lowlevel.checkpoint()
-        assert max(mount.in_rounds("take")) == CALLED
-        assert len(mount.in_rounds("take")) < TASKS - 2
-        ready.set()
-        await mount.answered(TASKS)
+    async with mounted(monkeypatch, later) as kernel:
+        await busy(kernel, ready)
+        kernel.operations.did.clear()
+        kernel.ask(*range(100, 100 + MANY))
+        await kernel.answered(*range(100, 100 + MANY))
+        assert max(kernel.in_rounds("take")) >= CALLED
+        assert len(kernel.in_rounds("take")) < MANY - 2
 
 
-async def test_who_has_slept_answers_and_lets_others_answer_first() -> None:
+async def busy(kernel: Kernel, ready: trio.Event) -> None:
+    """As many tasks as there have ever been requests at the same time."""
+    kernel.ask(*range(MANY))
+    while len(kernel.operations.did) < MANY:
+        await trio.lowlevel.checkpoint()
+    ready.set()
+    await kernel.answered(*range(MANY))
+
+
+async def test_who_has_slept_answers_and_lets_others_answer_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done in one round is answered before anything new is taken: the guest is woken once for all of it."""
     ready = trio.Event()
 
     async def later(_request: int) -> None:
         await ready.wait()
 
-    async with mounted(later) as mount:
-        asleep = TASKS - 2  # there are others, who wait for more
-        mount.ask(*range(asleep))
-        while len(mount.did) < asleep:
+    async with mounted(monkeypatch, later) as kernel:
+        kernel.ask(*range(MANY))
+        while len(kernel.operations.did) < MANY:
             await trio.lowlevel.checkpoint()
-        mount.ask(*[TASKS] * asleep)  # they wait when the others are done
+        await trio.testing.wait_all_tasks_blocked()
+        kernel.ask(*range(MANY, 2 * MANY))  # they wait when the others are done
         ready.set()
-        await mount.answered(2 * asleep)
+        await kernel.answered(*range(2 * MANY))
     answered: dict[int, int] = {}
-    for (what, request, number), task in zip(mount.did, mount.tasks, strict=True):
-        if what == "answer" and request < TASKS:
+    for (what, request, number), task in zip(kernel.operations.did, kernel.operations.tasks, strict=True):
+        if what == "answer" and request < MANY:
             answered[task] = number
         elif what == "take" and task in answered:
             assert number > answered.pop(task)
 
 
-async def test_one_is_called_while_nothing_waits() -> None:
-    """A guest with one request at a time is served by two tasks, and no more are woken for nothing."""
-    woken: set[str] = set()
-
-    class Woken(trio.abc.Instrument):
-        def before_task_step(self, task: trio.lowlevel.Task) -> None:
-            if task.coro.cr_code is Mount.serve.__code__:  # type: ignore[attr-defined]
-                woken.add(str(id(task)))
-
-    async with mounted(at_once) as mount:
-        instrument = Woken()
-        trio.lowlevel.add_instrument(instrument)
-        for number in range(50):
-            mount.ask(number)
-            await mount.answered(number + 1)
-        trio.lowlevel.remove_instrument(instrument)
-        assert len(woken) <= 3
-
-
-async def test_one_that_is_slow_is_in_nobodys_way() -> None:
-    """P7: whoever waits for its request does so outside."""
+async def test_one_that_is_slow_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P7: whoever waits for its request does so outside. P8: and it has its answer before the server's end."""
+    ready = trio.Event()
 
     async def slow(request: int) -> None:
         if request == 0:
-            await trio.sleep_forever()
+            await ready.wait()
 
-    async with mounted(slow) as mount:
-        mount.ask(0)
+    async with mounted(monkeypatch, slow) as kernel:
+        kernel.ask(0)
         await trio.testing.wait_all_tasks_blocked(0.01)
         for number in range(1, 100):
-            mount.ask(number)
-            await mount.answered(number)
+            kernel.ask(number)
+            await kernel.answered(number)
+        kernel.device.terminated(kernel.fuse)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        ready.set()
+        with trio.fail_after(20):
+            while 0 not in kernel.answers:
+                await trio.lowlevel.checkpoint()
+                kernel.hear()
 
 
-@pytest.mark.parametrize("asked", [0, 3])
-async def test_the_end(asked: int) -> None:
-    """pyfuse3 cancels its tasks where they wait; none is left in the turnstile."""
-    async with mounted(at_once) as mount:
-        mount.ask(*range(asked))
-        await mount.answered(asked)
-    assert mount.lock._waiting == []
+async def test_written_data_is_what_was_sent_and_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P3: what is received where it stays must never be received over again, whatever the sizes are that come after it."""
+    chance = random.Random(4)
+    sizes = [
+        4096,
+        MIB,
+        MIB,
+        MIB,
+        512,
+        LARGE_BYTES,
+        LARGE_BYTES + 1,
+        LARGE_BYTES + 1,
+        MIB,
+        4096,
+        4096,
+        MIB,
+        700_000,
+        700_000,
+        1,
+    ]
+    sizes += [chance.choice((1, 512, 4096, LARGE_BYTES + 512, 300_000, MIB)) for _ in range(100)]
+    sent = []
+    async with mounted(monkeypatch) as kernel:
+        for unique, size in enumerate(sizes, 1):
+            data = chance.randbytes(size)
+            sent.append((7, unique * MIB, data))
+            kernel.write(unique, unique * MIB, data)
+            await kernel.answered(unique)
+            assert kernel.answers[unique] == (0, struct.pack("=II", size, 0))
+    assert kernel.operations.written == sent
+
+
+async def test_an_error_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.error = errno.ENOSPC
+        kernel.write(1, 0, b"data")
+        await kernel.answered(1)
+        assert kernel.answers == {1: (-errno.ENOSPC, b"")}
+
+
+async def test_a_bug_in_what_is_answered_at_once_costs_no_more_than_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P11: the request goes the long way."""
+
+    async def well(_request: int) -> None:
+        pass
+
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with mounted(monkeypatch, well) as kernel:
+        monkeypatch.setattr(kernel.operations, "read_at_once", bug)
+        kernel.ask(1)
+        await kernel.answered(1)
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, and as many as fit into a message; there is no answer."""
+    many = [(number, number % 3 + 1) for number in range(1, 5000)]
+    async with mounted(monkeypatch) as kernel:
+        kernel.send(FORGET, 0, struct.pack("=Q", 3), node=9)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        kernel.send(
+            BATCH_FORGET, 0, struct.pack("=II", len(many), 0) + b"".join(struct.pack("=QQ", *one) for one in many)
+        )
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        kernel.hear()
+    assert kernel.operations.forgotten == [(9, 3), *many]
+    assert kernel.answers == {}
+
+
+async def test_all_others_are_pyfuse3s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each message whole and alone, whatever was received before it; its answers go the other way, in any pieces."""
+    chance = random.Random(5)
+    uniques = itertools.count(1)
+    sent, wanted = [], {}
+    async with mounted(monkeypatch) as kernel:
+        kernel.reply = lambda message: answer(unique_of(message), message[40:], -errno.ENOENT)
+        for size in (0, 8, 16, 40, 41, 300, 65_700, 0, 65_700):
+            kernel.write(next(uniques), 0, bytes(chance.choice((512, MIB))))
+            together = [(next(uniques), chance.randbytes(size)) for _ in range(3)]
+            for unique, body in together:
+                sent.append(kernel.send(GETATTR, unique, body))
+                wanted[unique] = -errno.ENOENT, body
+            kernel.send(INTERRUPT, next(uniques), struct.pack("=Q", together[0][0]))  # is for nobody
+            await kernel.answered(*wanted)
+        assert {unique: kernel.answers[unique] for unique in wanted} == wanted
+    assert sorted(kernel.for_pyfuse3) == sorted(sent)
+
+
+async def test_what_pyfuse3_says_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the kernel to forget a name, in more than one piece, while nobody asks for anything."""
+    async with mounted(monkeypatch) as kernel:
+        for part in (answer(0, b"name")[:5], answer(0, b"name")[5:]):
+            os.write(kernel.fuse, part)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await kernel.answered(0)
+        assert kernel.answers == {0: (0, b"name")}
+
+
+async def test_unmounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/fuse says ENODEV then. Nothing is left, and nobody waits."""
+    kernel = Kernel(None)
+    monkeypatch.setattr(pyfuse3, "main", kernel.pyfuse3_main)
+    receive = os.readv
+
+    def gone(fd: int, buffers: Any) -> int:
+        if select.select([fd], [], [], 0)[0]:
+            raise OSError(errno.ENODEV, "unmounted")
+        return receive(fd, buffers)
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kernel.device.serve, kernel.operations)
+            await trio.testing.wait_all_tasks_blocked()
+            monkeypatch.setattr(os, "readv", gone)
+            kernel.ask(1)
+    assert kernel.operations.did == []
+    kernel.end.close()
+    os.close(kernel.fuse)
