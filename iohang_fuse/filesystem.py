@@ -25,7 +25,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
-from iohang_fuse import source, syscalls
+from iohang_fuse import receiver, source, syscalls
 from iohang_fuse.backing import Backing
 from iohang_fuse.inodes import ROOT, Inodes, Node
 from iohang_fuse.questions import Questions
@@ -268,7 +268,7 @@ class Filesystem(pyfuse3.Operations):
             if node.id not in self._requests.images:
                 node.asked = True
                 for parent, name in node.names:
-                    pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+                    receiver.forget_name(parent, name)
 
     def _forget(self, inode: int, lookups: int) -> None:
         node = self._inodes.forget(inode, lookups)

@@ -47,6 +47,8 @@ _REQUEST = struct.Struct("=IIQQIIIIQQIIQII")
 _FORGOTTEN = struct.Struct("=QQ")
 _HEADER_BYTES = 40
 _ANSWER = struct.Struct("=IiQ")  # fuse_out_header: length, error, unique
+_INVAL_ENTRY = 3  # in place of an error
+_NAME = struct.Struct("=QII")  # fuse_notify_inval_entry_out: node, length, flags
 _WRITTEN = struct.Struct("=IiQII")  # and fuse_write_out: size, padding
 
 _LARGEST_BYTES = 1 << 20  # FUSE's largest write
@@ -143,7 +145,7 @@ class Device:
         self._forwarded: deque[bytes] = deque()
         self._takers: list[trio.lowlevel.Task] = []
         self._answers = bytearray()
-        self._notices: queue.SimpleQueue[bytearray | None] | None = None
+        self._notices: queue.SimpleQueue[bytes | None] | None = None
 
     async def serve(self, operations: Any) -> None:
         """Until the mount is gone, or pyfuse3.terminate() is called, and what was taken is answered."""
@@ -153,7 +155,9 @@ class Device:
                 self._nursery = nursery
                 await pyfuse3.main(IDLE, _ANY_NUMBER)
                 self._stop()
-                self.pass_on()
+                if self._end is not None:
+                    self.pass_on()
+                    trio.lowlevel.notify_closing(self._end)
         finally:
             if self._end is not None:
                 self._end.close()
@@ -188,7 +192,6 @@ class Device:
             self._over = True
             if self._end is not None:
                 trio.lowlevel.notify_closing(self._fd)
-                trio.lowlevel.notify_closing(self._end)
             for tasks in (self._turnstile.waiting, self._takers):
                 for task in tasks:
                     trio.lowlevel.reschedule(task)
@@ -366,28 +369,15 @@ class Device:
         """To the kernel, what pyfuse3 has answered."""
         if self._end is None:
             return
-        answers = self._answers
-        while True:
-            try:
-                answers += self._end.recv(_LARGEST_BYTES)
-            except BlockingIOError:
+        with contextlib.suppress(BlockingIOError):
+            while got := self._end.recv(_SOCKET_BYTES):
+                self._answers += got
+        while len(self._answers) >= _ANSWER.size:
+            length, _, _ = _ANSWER.unpack_from(self._answers)
+            if len(self._answers) < length:
                 return
-            while len(answers) >= _ANSWER.size:
-                length, _, unique = _ANSWER.unpack_from(answers)
-                if len(answers) < length:
-                    break
-                if unique:
-                    self._send(answers[:length])
-                else:
-                    self._notify(answers[:length])
-                del answers[:length]
-
-    def _notify(self, notice: bytearray) -> None:
-        """Tell the kernel what it has not asked for. It may wait for a lock, whose owner waits for us: in a thread."""
-        if self._notices is None:
-            self._notices = queue.SimpleQueue()
-            threading.Thread(target=_notify_all, args=(os.dup(self._fd), self._notices), daemon=True).start()
-        self._notices.put(notice)
+            self._send(self._answers[:length])
+            del self._answers[:length]
 
     async def _pass_on_all(self) -> None:
         """What is not passed on at the `Gate`: the last words of a task that ends, and what nobody has asked for."""
@@ -396,6 +386,20 @@ class Device:
             while True:
                 await trio.lowlevel.wait_readable(self._end)
                 self.pass_on()
+
+    # ---- what the kernel has not asked for
+
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Have the kernel forget *name* in the directory *parent*, and in time the node.
+
+        Not by pyfuse3, whose thread would write between the pieces of an answer. In a thread: the kernel waits for the directory's
+        lock, and who has that may wait for us.
+        """
+        if self._notices is None:
+            self._notices = queue.SimpleQueue()
+            threading.Thread(target=_notify_all, args=(os.dup(self._fd), self._notices), daemon=True).start()
+        body = _NAME.pack(parent, len(name), 0) + name + b"\0"
+        self._notices.put(_ANSWER.pack(_ANSWER.size + len(body), _INVAL_ENTRY, 0) + body)
 
 
 class Gate:
@@ -413,9 +417,9 @@ class Gate:
         self._lock.release()
 
 
-def _notify_all(fd: int, notices: queue.SimpleQueue[bytearray | None]) -> None:
+def _notify_all(fd: int, notices: queue.SimpleQueue[bytes | None]) -> None:
     while (notice := notices.get()) is not None:
-        with contextlib.suppress(OSError):  # ENOENT: what is to be forgotten is, already
+        with contextlib.suppress(OSError):  # ENOENT: it is forgotten already
             os.write(fd, notice)
     os.close(fd)
 
@@ -428,6 +432,11 @@ def _not_told(error: OSError) -> None:
 def others_wait() -> bool:
     """Whether the request that was taken last had been waiting for its turn: there are more than one at a time."""
     return _device.in_a_row > 0
+
+
+def forget_name(parent: int, name: bytes) -> None:
+    """Have the kernel forget *name* in the directory *parent*. Does not wait."""
+    _device.forget_name(parent, name)
 
 
 def request_waits() -> bool:

@@ -89,6 +89,8 @@ class Kernel:
         self.device = Device()
         self.answers: dict[int, tuple[int, bytes]] = {}  # by the request's number: the error and what came with it
         self.for_pyfuse3: list[bytes] = []
+        self.slow = trio.Event()  # one of pyfuse3's requests that does not return
+        self.slow.set()
         self.reply: Callable[[bytes], bytes] = lambda message: answer(unique_of(message))
 
     def ask(self, *requests: int, size: int = 1) -> None:
@@ -143,6 +145,7 @@ class Kernel:
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(session_loop)
+        await self.slow.wait()
 
     def in_rounds(self, what: str) -> list[int]:
         """How many requests were taken, or answered, in each round in which any was."""
@@ -358,14 +361,34 @@ async def test_all_others_are_pyfuse3s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(kernel.for_pyfuse3) == sorted(sent)
 
 
-async def test_what_pyfuse3_says_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the kernel to forget a name, in more than one piece, while nobody asks for anything."""
+async def test_a_name_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FUSE_NOTIFY_INVAL_ENTRY of linux/fuse.h."""
     async with mounted(monkeypatch) as kernel:
-        for part in (answer(0, b"name")[:5], answer(0, b"name")[5:]):
-            os.write(kernel.fuse, part)
-            await trio.testing.wait_all_tasks_blocked(0.01)
+        kernel.device.forget_name(7, b"name")
         await kernel.answered(0)
-        assert kernel.answers == {0: (0, b"name")}
+        assert kernel.answers == {0: (3, struct.pack("=QII", 7, 4, 0) + b"name\0")}
+
+
+async def test_an_answer_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is between pyfuse3 and us is a stream."""
+    async with mounted(monkeypatch) as kernel:
+        whole = answer(1, b"first") + answer(2, b"second")
+        for at in range(0, len(whole), 7):
+            os.write(kernel.fuse, whole[at : at + 7])
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        await kernel.answered(1, 2)
+        assert kernel.answers == {1: (0, b"first"), 2: (0, b"second")}
+
+
+async def test_what_pyfuse3_answers_after_the_end_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P8: while another of its requests does not return. It looks for the end of its session before it comes back to the gate."""
+    async with mounted(monkeypatch) as kernel:
+        kernel.slow = trio.Event()
+        kernel.device.terminated(kernel.fuse)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        os.write(kernel.fuse, answer(1))
+        await kernel.answered(1)
+        kernel.slow.set()
 
 
 async def test_unmounted(monkeypatch: pytest.MonkeyPatch) -> None:
