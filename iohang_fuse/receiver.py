@@ -22,6 +22,7 @@ import ctypes
 import errno
 import gc
 import logging
+import mmap
 import os
 import queue
 import select
@@ -44,6 +45,7 @@ _FORGET, _READ, _WRITE, _INTERRUPT, _BATCH_FORGET = 2, 15, 16, 36, 42
 # fuse_in_header, and fuse_read_in or fuse_write_in: they have these fields in the same places.
 # length, opcode, unique, node, uid, gid, pid, padding; handle, offset, size, flags, lock owner, flags, padding
 _REQUEST = struct.Struct("=IIQQIIIIQQIIQII")
+_COUNT = struct.Struct("=I")
 _FORGOTTEN = struct.Struct("=QQ")
 _HEADER_BYTES = 40
 _ANSWER = struct.Struct("=IiQ")  # fuse_out_header: length, error, unique
@@ -51,7 +53,10 @@ _INVAL_ENTRY = 3  # in place of an error
 _NAME = struct.Struct("=QII")  # fuse_notify_inval_entry_out: node, length, flags
 _WRITTEN = struct.Struct("=IiQII")  # and fuse_write_out: size, padding
 
-_LARGEST_BYTES = 1 << 20  # FUSE's largest write
+_LARGEST_BYTES = 16 << 20
+"""The kernel wants room for the largest write on which it has agreed with libfuse: 256 pages, of 64 KiB at most. What is not used
+takes no memory."""
+
 LARGE_BYTES = 64 << 10
 """What is larger is received where it stays, if it is as large as the one before: not to copy it is worth a guess."""
 
@@ -63,7 +68,9 @@ CALLED = 8
 1. Who is called for nothing costs time."""
 
 IDLE = 64
-"""Tasks kept, by us and by pyfuse3: below that, each burst of requests creates and ends them again."""
+"""Tasks kept: below that, each burst of requests creates and ends them again."""
+
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 
 _SOCKET_BYTES = 256 << 10
 """Of what is under way to pyfuse3 and back, where a full socket would wait for us: extended attributes have 64 KiB at most, and one
@@ -80,6 +87,9 @@ _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.argtypes, _new_bytes.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
 _address = ctypes.pythonapi.PyBytes_AsString
 _address.argtypes, _address.restype = (ctypes.py_object,), ctypes.c_void_p
+_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
+_WRITABLE = 0x200  # PyBUF_WRITE
 
 
 class Turnstile:
@@ -138,14 +148,15 @@ class Device:
         self._turnstile = Turnstile(self)
         self._header = bytearray(_REQUEST.size)
         self._large = b""  # where the next request's data is received if it is as large as that
-        self._rest = memoryview(bytearray(_LARGEST_BYTES))
+        self._rest = memoryview(mmap.mmap(-1, _LARGEST_BYTES))
         self._buffers: list[Any] = [self._header, self._rest]
         # pyfuse3's
         self._end: socket.socket | None = None  # ours of the pair; the other one is where it had /dev/fuse
         self._forwarded: deque[bytes] = deque()
         self._takers: list[trio.lowlevel.Task] = []
+        self._received = memoryview(bytearray(_SOCKET_BYTES))
         self._answers = bytearray()
-        self._notices: queue.SimpleQueue[bytes | None] | None = None
+        self._notices: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     async def serve(self, operations: Any) -> None:
         """Until the mount is gone, or pyfuse3.terminate() is called, and what was taken is answered."""
@@ -153,7 +164,8 @@ class Device:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                await pyfuse3.main(IDLE, _ANY_NUMBER)
+                # None of its tasks ends before the others: it would not come to the `Gate` with its last answer.
+                await pyfuse3.main(_ANY_NUMBER, _ANY_NUMBER)
                 self._stop()
                 if self._end is not None:
                     self.pass_on()
@@ -162,8 +174,7 @@ class Device:
             if self._end is not None:
                 self._end.close()
                 os.close(self._fd)
-            if self._notices is not None:
-                self._notices.put(None)
+            self._notices.put(None)
 
     # ---- what is taken from /dev/fuse
 
@@ -179,9 +190,13 @@ class Device:
         self._end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for end in (self._end, other):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+            with contextlib.suppress(OSError):  # whatever net.core.wmem_max says, if we may
+                end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BYTES)
         self._end.settimeout(0)
         os.dup2(other.fileno(), fd, inheritable=False)
         other.close()
+        # Now, and not when it is needed: which is when descriptors run out.
+        threading.Thread(target=_notify_all, args=(os.dup(self._fd), self._notices), daemon=True).start()
         assert self._nursery is not None
         self._nursery.start_soon(self._take)
         self._nursery.start_soon(self._pass_on_all)
@@ -218,11 +233,11 @@ class Device:
             except trio.ClosedResourceError:
                 return None
             except OSError as error:
-                if error.errno == errno.ENOENT:  # it was given up before we had it
-                    continue
-                if error.errno != errno.ENODEV:  # unmounted
-                    log.error("/dev/fuse cannot be read: %s", error)  # noqa: TRY400
-                self._stop()
+                if error.errno in {errno.ENOENT, errno.EFAULT, errno.ENOMEM}:
+                    continue  # it was given up before we had it; for want of memory the kernel has answered EIO
+                if error.errno != errno.ENODEV:
+                    raise
+                self._stop()  # unmounted
                 return None
             work = self._answer(length)
             if work is not None:
@@ -242,7 +257,8 @@ class Device:
         elif opcode == _FORGET:
             return self._forget([(node, handle)])
         elif opcode == _BATCH_FORGET:
-            message, count = self._message(length), handle & 0xFFFFFFFF
+            message = self._message(length)
+            (count,) = _COUNT.unpack_from(message, _HEADER_BYTES)
             at = _HEADER_BYTES + 8
             return self._forget([*_FORGOTTEN.iter_unpack(message[at : at + count * _FORGOTTEN.size])])
         elif opcode != _INTERRUPT:  # which changes nothing: pyfuse3 has no way to tell anybody
@@ -289,7 +305,7 @@ class Device:
 
     def _expect(self, size: int) -> None:
         self._large = cast("bytes", _new_bytes(None, size))
-        place = (ctypes.c_char * size).from_address(_address(self._large))  # nobody else has seen it yet
+        place = _memory(_address(self._large), size, _WRITABLE)  # nobody else has seen it yet
         self._buffers = [self._header, place, self._rest]
 
     def _message(self, length: int) -> bytes:
@@ -357,7 +373,7 @@ class Device:
                 return trio.lowlevel.Abort.SUCCEEDED
 
             await trio.lowlevel.wait_task_rescheduled(abort)
-        if self._over:
+        if not self._forwarded:
             raise trio.ClosedResourceError
         self._end.sendall(self._forwarded.popleft())
 
@@ -369,12 +385,16 @@ class Device:
         """To the kernel, what pyfuse3 has answered."""
         if self._end is None:
             return
-        with contextlib.suppress(BlockingIOError):
-            while got := self._end.recv(_SOCKET_BYTES):
-                self._answers += got
+        got = len(self._received)
+        while got == len(self._received):
+            try:
+                got = self._end.recv_into(self._received)
+            except BlockingIOError:
+                break
+            self._answers += self._received[:got]
         while len(self._answers) >= _ANSWER.size:
             length, _, _ = _ANSWER.unpack_from(self._answers)
-            if len(self._answers) < length:
+            if not _ANSWER.size <= length <= len(self._answers):
                 return
             self._send(self._answers[:length])
             del self._answers[:length]
@@ -395,9 +415,6 @@ class Device:
         Not by pyfuse3, whose thread would write between the pieces of an answer. In a thread: the kernel waits for the directory's
         lock, and who has that may wait for us.
         """
-        if self._notices is None:
-            self._notices = queue.SimpleQueue()
-            threading.Thread(target=_notify_all, args=(os.dup(self._fd), self._notices), daemon=True).start()
         body = _NAME.pack(parent, len(name), 0) + name + b"\0"
         self._notices.put(_ANSWER.pack(_ANSWER.size + len(body), _INVAL_ENTRY, 0) + body)
 

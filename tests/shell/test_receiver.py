@@ -13,6 +13,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
+import pytest
 import trio
 
 from iohang_fuse.receiver import CALLED, IN_A_ROW, LARGE_BYTES, Device, Gate
@@ -20,10 +21,9 @@ from iohang_fuse.receiver import CALLED, IN_A_ROW, LARGE_BYTES, Device, Gate
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    import pytest
 
 MIB = 1 << 20
-FORGET, GETATTR, READ, WRITE, INTERRUPT, BATCH_FORGET = 2, 3, 15, 16, 36, 42
+FORGET, GETATTR, READ, WRITE, RELEASE, INTERRUPT, BATCH_FORGET = 2, 3, 15, 16, 18, 36, 42
 MANY = 62
 
 
@@ -391,22 +391,68 @@ async def test_what_pyfuse3_answers_after_the_end_is_passed_on(monkeypatch: pyte
         kernel.slow.set()
 
 
+class Failing:
+    """os.readv that fails once, or more often, where there is a request."""
+
+    def __init__(self, *errors: int) -> None:
+        self.errors = [*errors]
+        self._receive = os.readv
+
+    def __call__(self, fd: int, buffers: Any) -> int:
+        if self.errors and select.select([fd], [], [], 0)[0]:
+            number = self.errors.pop(0)
+            raise OSError(number, os.strerror(number))
+        return self._receive(fd, buffers)
+
+
+async def test_a_request_that_cannot_be_had_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sent it was killed, or there was no memory: the kernel has answered it then."""
+    async with mounted(monkeypatch) as kernel:
+        monkeypatch.setattr(os, "readv", Failing(errno.ENOENT, errno.EFAULT, errno.ENOMEM))
+        kernel.ask(1)
+        await kernel.answered(1)
+
+
+async def test_what_nobody_expects_is_no_end_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit is started again only after a failure."""
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="Invalid argument"), flatten_subgroups=True):
+        async with mounted(monkeypatch) as kernel:
+            monkeypatch.setattr(os, "readv", Failing(errno.EINVAL))
+            kernel.ask(1)
+            await trio.sleep(10)
+
+
+async def test_what_was_taken_before_the_end_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last close, which makes an image stable, and then the unmounting, in one round."""
+    async with mounted(monkeypatch) as kernel:
+        monkeypatch.setattr(os, "readv", receive_one_and(errno.ENODEV))
+        kernel.send(RELEASE, 1, bytes(24))
+        await kernel.answered(1)
+    assert [unique_of(message) for message in kernel.for_pyfuse3] == [1]
+
+
+def receive_one_and(number: int) -> Callable[[int, Any], int]:
+    """os.readv that fails with *number* after one request."""
+    receive, received = os.readv, list[int]()
+
+    def receiving(fd: int, buffers: Any) -> int:
+        if received:
+            raise OSError(number, os.strerror(number))
+        received.append(receive(fd, buffers))
+        return received[0]
+
+    return receiving
+
+
 async def test_unmounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """/dev/fuse says ENODEV then. Nothing is left, and nobody waits."""
     kernel = Kernel(None)
     monkeypatch.setattr(pyfuse3, "main", kernel.pyfuse3_main)
-    receive = os.readv
-
-    def gone(fd: int, buffers: Any) -> int:
-        if select.select([fd], [], [], 0)[0]:
-            raise OSError(errno.ENODEV, "unmounted")
-        return receive(fd, buffers)
-
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(kernel.device.serve, kernel.operations)
             await trio.testing.wait_all_tasks_blocked()
-            monkeypatch.setattr(os, "readv", gone)
+            monkeypatch.setattr(os, "readv", Failing(errno.ENODEV))
             kernel.ask(1)
     assert kernel.operations.did == []
     kernel.end.close()
