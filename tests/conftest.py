@@ -1,7 +1,7 @@
 """Two tests at a time, where contrib/check has them run by pytest-xdist; and those that must be `alone` are.
 
-The guests take turns in one of the two processes, the benchmarks in another: they share caches and places. What is `alone` comes
-last, in one of them, and whoever runs beside it waits until it is over. Without pytest-xdist nothing here does anything.
+What shares a place or a cache takes turns in one of the two processes: the guests, the benchmarks. What is `alone` comes last, in one
+of them, and whoever runs beside it waits until it is over. Without pytest-xdist nothing here does anything.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ TAKING_TURNS = {
     HERE / "guest": "guests",
     HERE / "interop/test_benches.py": "benchmarks",
     HERE / "interop/test_benchmark.py": "benchmarks",
+    HERE / "interop/test_systemd.py": "managers",  # each has its own systemd, and all have the same cgroups
+    HERE / "interop/test_mount8.py": "managers",
 }
 
 
@@ -40,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if group:
             item.add_marker(pytest.mark.xdist_group(group))
         groups.append(group)
-    order = ["guests", "benchmarks", "", "alone"]  # the longest first, so that both end at the same time
+    order = ["guests", "benchmarks", "managers", "", "alone"]  # the longest first, so that both end at the same time
     items[:] = [item for _, item in sorted(zip(groups, items, strict=True), key=lambda pair: order.index(pair[0]))]
 
 

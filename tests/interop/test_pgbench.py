@@ -295,6 +295,7 @@ def create_cluster(disk: Path, place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_postgresql_is_killed_in_an_outage_and_recovers(place: Path, tmp_path: Path) -> None:
     """P1 and P3 for PostgreSQL: it sees no error, and SOURCE's disk alone has every commit that it has acknowledged."""
     (place / "disk").mkdir()
