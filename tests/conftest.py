@@ -1,7 +1,7 @@
 """Two tests at a time, where contrib/check has them run by pytest-xdist; and those that must be `alone` are.
 
-What shares a place or a cache takes turns in one of the two processes: the guests, the benchmarks. What is `alone` comes last, in one
-of them, and whoever runs beside it waits until it is over. Without pytest-xdist nothing here does anything.
+What shares a place or a cache takes turns in one of the two processes: the guests, the benchmarks. What is `alone` comes last,
+in one of them, and whoever runs beside it waits until it is over. Without pytest-xdist nothing here does anything.
 """
 
 from __future__ import annotations
