@@ -261,6 +261,7 @@ def _check_against_the_kernel(given: Mapping[str, float]) -> None:
         timeout_s=max(timeouts, default=0),
         shortest_timeout_s=0,
         interval_s=SHORTEST_INTERVAL_S,
+        max_background=1,
     )
     fatal = [problem.text for problem in found if problem.fatal]
     if fatal:

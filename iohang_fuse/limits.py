@@ -30,6 +30,7 @@ class System:
 
     default_request_timeout_s: int = 0
     max_request_timeout_s: int = 0
+    max_map_count: int = 65530
     open_files: int = _FILES
 
 
@@ -52,11 +53,14 @@ def read_system() -> System:
     return System(
         default_request_timeout_s=number("/proc/sys/fs/fuse/default_request_timeout", 0),
         max_request_timeout_s=number("/proc/sys/fs/fuse/max_request_timeout", 0),
+        max_map_count=number("/proc/sys/vm/max_map_count", 65530),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
 
 
-def problems(system: System, *, timeout_s: float, shortest_timeout_s: float, interval_s: float) -> list[Problem]:
+def problems(
+    system: System, *, timeout_s: float, shortest_timeout_s: float, interval_s: float, max_background: int
+) -> list[Problem]:
     """What cannot work together, each with what would be right. *timeout_s* is the longest of the three timeouts."""
     found = []
     names = {
@@ -83,6 +87,17 @@ def problems(system: System, *, timeout_s: float, shortest_timeout_s: float, int
                 "is tried again",
                 f"using an interval of {effective_interval(shortest_timeout_s, interval_s):g} s",
                 fatal=False,
+            )
+        )
+    # libfuse gives each of pyfuse3's tasks a receive buffer of its own, a mapping of 1 MiB. A close is one
+    # of their requests, and in the background.
+    if max_background + 1024 > system.max_map_count:
+        found.append(
+            Problem(
+                f"max_background is {max_background}, and vm.max_map_count ({system.max_map_count}) allows fewer receive "
+                "buffers",
+                f"lower it, or set `sysctl -w vm.max_map_count={2 * max_background + 65530}`",
+                fatal=True,
             )
         )
     if system.open_files < 4096:

@@ -141,4 +141,5 @@ def limit_problems(config: Config) -> list[limits.Problem]:
         timeout_s=longest_timeout_s(config),
         shortest_timeout_s=min(timeouts, default=0),
         interval_s=config.interval_s,
+        max_background=config.max_background,
     )

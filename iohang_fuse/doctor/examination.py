@@ -145,7 +145,7 @@ def _limits(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             Level.OK,
             "limits",
-            "the kernel's timeouts for FUSE and open files leave room for these settings",
+            "the kernel's timeouts for FUSE, open files and receive buffers leave room for these settings",
         )
 
 

@@ -245,10 +245,13 @@ def _lease_s(below: Mounted | None) -> float | None:
 def _limits(settings: Settings, open_files: int) -> tuple[Limit, ...]:
     system = limits.read_system()
     found = limits.problems(
-        limits.System(system.default_request_timeout_s, system.max_request_timeout_s, open_files=open_files),
+        limits.System(
+            system.default_request_timeout_s, system.max_request_timeout_s, system.max_map_count, open_files=open_files
+        ),
         timeout_s=max(settings.timeouts_s),
         shortest_timeout_s=min((each for each in settings.timeouts_s if each), default=0),
         interval_s=settings.interval_s,
+        max_background=settings.max_background,
     )
     return tuple(Limit(each.seen, each.do, each.fatal) for each in found)
 

@@ -22,12 +22,14 @@ def found(
     timeout_s: float = 60,
     shortest_s: float = 60,
     interval_s: float = 5,
+    max_background: int = 4096,
 ) -> list[Problem]:
     return problems(
         system,
         timeout_s=timeout_s,
         shortest_timeout_s=shortest_s,
         interval_s=interval_s,
+        max_background=max_background,
     )
 
 
@@ -70,6 +72,15 @@ def test_the_interval_that_is_used(timeout_s: float, interval_s: float, used_s: 
     assert effective_interval(timeout_s, interval_s) == pytest.approx(used_s)
 
 
+def test_receive_buffers_must_fit_the_address_space() -> None:
+    """P10: libfuse maps a buffer for each request in flight; at vm.max_map_count the server would die."""
+    assert found(System(max_map_count=5120)) == []
+    (problem,) = found(System(max_map_count=5119))
+    assert problem.fatal
+    assert "max_background is 4096" in problem.text
+    assert "sysctl -w vm.max_map_count=73722" in problem.text
+
+
 def test_few_open_files_are_a_warning() -> None:
     """One descriptor for each file that the kernel knows of."""
     (problem,) = found(System(open_files=1024))
@@ -80,8 +91,8 @@ def test_few_open_files_are_a_warning() -> None:
 
 def test_every_problem_is_found_at_once() -> None:
     """P10: who mends one should not meet the next at the next start."""
-    system = System(default_request_timeout_s=1, max_request_timeout_s=1, open_files=1)
-    assert len(found(system, shortest_s=1)) == 4
+    system = System(default_request_timeout_s=1, max_request_timeout_s=1, max_map_count=1, open_files=1)
+    assert len(found(system, shortest_s=1)) == 5
 
 
 def test_a_setting_that_is_not_there_is_no_limit(tmp_path: Path) -> None:
@@ -96,6 +107,7 @@ def test_a_setting_that_is_not_there_is_no_limit(tmp_path: Path) -> None:
 def test_the_system_can_be_read() -> None:
     """Whatever this machine's settings are, they are numbers that can be compared."""
     system = limits.read_system()
+    assert system.max_map_count > 0
     assert system.open_files != 0
 
 

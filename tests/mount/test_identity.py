@@ -249,6 +249,7 @@ def _traced(pair: Pair, strace_program: str) -> Iterator[list[str]]:
         lines += log.read_text(errors="replace").splitlines()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["a directory on the way", "the file itself"])
 def test_no_race_with_a_symlink_leads_out(pair: Pair, kind: str, renameat2: Callable[[Path, Path, int], None]) -> None:
     """A name flips between the real thing and a symlink to the outside, while it is read, written, created in and changed.
@@ -280,7 +281,7 @@ def test_no_race_with_a_symlink_leads_out(pair: Pair, kind: str, renameat2: Call
     succeeded = 0
     end = time.monotonic() + 2
     try:
-        while time.monotonic() < end or (succeeded <= 50 and time.monotonic() < end + 20):  # on a busy machine
+        while time.monotonic() < end:
             for use in (_read, _write, _create, _change):
                 try:
                     reached.append(use(pair.mount))

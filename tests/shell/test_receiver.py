@@ -246,6 +246,34 @@ async def test_who_has_slept_answers_and_lets_others_answer_first(monkeypatch: p
             assert number > answered.pop(task)
 
 
+async def test_one_is_called_while_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest with one request at a time is served by two tasks, and no more are woken for nothing."""
+    woken: set[str] = set()
+
+    class Woken(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            if task.coro.cr_code is Device._take.__code__:  # type: ignore[attr-defined]
+                woken.add(str(id(task)))
+
+    ready = trio.Event()
+
+    async def later(_request: int) -> None:
+        await ready.wait()
+
+    async with mounted(monkeypatch, later) as kernel:
+        await busy(kernel, ready)
+        for number in range(MANY, MANY + CALLED):  # one less is called each time
+            kernel.ask(number)
+            await kernel.answered(number)
+        instrument = Woken()
+        trio.lowlevel.add_instrument(instrument)
+        for number in range(100, 150):
+            kernel.ask(number)
+            await kernel.answered(number)
+        trio.lowlevel.remove_instrument(instrument)
+        assert len(woken) <= 3
+
+
 async def test_one_that_is_slow_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: whoever waits for its request does so outside. P8: and it has its answer before the server's end."""
     ready = trio.Event()
