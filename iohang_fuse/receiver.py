@@ -400,7 +400,7 @@ class Device:
             del self._answers[:length]
 
     async def _pass_on_all(self) -> None:
-        """What is not passed on at the `Gate`: the last words of a task that ends, and what nobody has asked for."""
+        """What is not passed on at the `Gate`, to which no task comes any more once the session is over."""
         assert self._end is not None
         with contextlib.suppress(trio.ClosedResourceError):
             while True:
@@ -443,7 +443,9 @@ def _notify_all(fd: int, notices: queue.SimpleQueue[bytes | None]) -> None:
 
 def _not_told(error: OSError) -> None:
     if error.errno not in {errno.ENOENT, errno.ENODEV}:  # nobody waits for it any more
-        log.error("an answer to the kernel failed: %s", error)
+        log.error(
+            "the kernel has refused an answer (%s): whoever waits for it does so until the mount is unmounted", error
+        )
 
 
 def others_wait() -> bool:
