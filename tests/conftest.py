@@ -30,20 +30,25 @@ def is_one_of_two(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
-@pytest.hookimpl(trylast=True)  # after pytest has sorted them by the fixtures that they share
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def group_of(item: pytest.Item) -> str:
+    if item.get_closest_marker("alone"):
+        return "alone"
+    return next((name for place, name in TAKING_TURNS.items() if item.path.is_relative_to(place)), "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     if not is_one_of_two(config):
-        return
-    groups = []
+        return (yield)
     for item in items:
-        group = next((name for place, name in TAKING_TURNS.items() if item.path.is_relative_to(place)), "")
-        if item.get_closest_marker("alone"):
-            group = "alone"
-        if group:
+        if group := group_of(item):
             item.add_marker(pytest.mark.xdist_group(group))
-        groups.append(group)
+    yield  # pytest-xdist looks at the groups, and pytest sorts the tests by the fixtures that they share
+    for item in items:
+        assert item.nodeid.endswith(f"@{group_of(item)}") or not group_of(item), "pytest-xdist has not seen its group"
     order = ["guests", "benchmarks", "managers", "", "alone"]  # the longest first, so that both end at the same time
-    items[:] = [item for _, item in sorted(zip(groups, items, strict=True), key=lambda pair: order.index(pair[0]))]
+    items.sort(key=lambda item: order.index(group_of(item)))
+    return None
 
 
 @pytest.fixture(autouse=True)
