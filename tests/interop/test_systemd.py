@@ -269,7 +269,7 @@ def test_shutdown_ends_what_is_held_for_ever(house: House) -> None:
     house.until_status("SIGTERM: .*in use by.*; 1 image hangs")
     thread.join(60)
     assert got == [errno.EIO]
-    assert "SIGTERM again" in house.said()
+    wait_until(lambda: "SIGTERM again" in house.said(), what="the line, which may come after the answer")
     wait_until(lambda: house.state() in {"inactive", "failed"}, timeout_s=60, what="the end")
     assert house.manager.show(house.unit, "Result") == "timeout"
     assert house.status() == f"{house.mountpoint} is unmounted", "it has had its own end, and was not killed"
