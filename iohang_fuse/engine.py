@@ -24,7 +24,7 @@ import outcome
 import trio
 
 from iohang_fuse.backing import Backing, close_quietly
-from iohang_fuse.ring import LARGE_BYTES, Ring
+from iohang_fuse.ring import LARGE_BYTES, Reply, Ring
 
 T = TypeVar("T")
 _Landed = Callable[[outcome.Outcome[Any]], None]
@@ -67,7 +67,7 @@ class Unavailable(Exception):
 class Transfer:
     """One read or write of a backing file: the work of an attempt, for any engine."""
 
-    __slots__ = ("as_opener", "backing", "data", "offset", "on_ring", "size")
+    __slots__ = ("as_opener", "backing", "data", "offset", "on_ring", "reply", "size")
 
     def __init__(
         self,
@@ -84,6 +84,7 @@ class Transfer:
         self.size = size
         self.data = data
         self.as_opener = as_opener
+        self.reply: Reply | None = None  # where what is read may go at once; the attempt's result is None then
         if data is None:
             self.on_ring = backing.reads_on_ring or (backing.large_reads_on_ring and size > LARGE_BYTES)
         else:
@@ -169,7 +170,7 @@ class Flight(Generic[T]):
         return trio.lowlevel.Abort.SUCCEEDED
 
 
-class _RingFlight(Flight["bytes | int"]):
+class _RingFlight(Flight["bytes | int | None"]):
     """The same on the ring."""
 
     _work: Transfer
@@ -180,7 +181,7 @@ class _RingFlight(Flight["bytes | int"]):
         self._description = description = work.backing.enter()
         try:
             if work.data is None:
-                engine.ring.read(self, description.fd, work.offset, work.size)
+                engine.ring.read(self, description.fd, work.offset, work.size, work.reply)
             else:
                 work.backing.unsynced = True
                 engine.ring.write(self, description.fd, work.offset, work.data)
@@ -190,13 +191,15 @@ class _RingFlight(Flight["bytes | int"]):
             raise
         self._age = engine.on_ring.begin()
 
-    def done(self, result: int, data: bytes) -> None:
+    def done(self, result: int, data: bytes | None) -> None:
         """For the ring to call, on the event loop."""
         work = self._work
         self._engine.on_ring.end(self._age)
         if work.data is not None:
             work.backing.unsynced = True  # a sync may have begun, and cleared it, before this landed
-        if work.backing.left(self._description):
+        if result < 0 and data is None and work.data is None:
+            pass  # it is never closed
+        elif work.backing.left(self._description):
             self._engine.close_later(self._description.fd)
         if result == work.size:
             self.landed(outcome.Value(data if work.data is None else result))
@@ -403,7 +406,7 @@ def _never() -> bool:
 
 def _ring() -> Ring:
     try:
-        ring = Ring(_MOST_ON_RING)
+        ring = Ring(2 * _MOST_ON_RING)  # a read and its reply are two
     except OSError as error:
         raise Unavailable(f"{error}; see sysctl kernel.io_uring_disabled, and the unit's SystemCallFilter") from error
     with contextlib.suppress(OSError):  # before Linux 5.15

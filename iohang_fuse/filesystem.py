@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from iohang_fuse.images import Handle, Image
     from iohang_fuse.requests import Requests
+    from iohang_fuse.ring import Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -543,6 +544,11 @@ class Filesystem(pyfuse3.Operations):
             raise OSError(capability, os.strerror(capability))
         return capability
 
+    def known_capability(self, inode: int) -> bytes | int | None:
+        """For the device: an open image's security.capability, or the errno that says that there is none, where it is known."""
+        image = self._requests.images.get(inode)
+        return None if image is None else image.capability
+
     @_translated
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._do(source.set_xattr, self._node(inode).fd, name, value, _caller(ctx))
@@ -720,21 +726,29 @@ class Filesystem(pyfuse3.Operations):
 
     # No coroutines of their own: each that a request's wake-ups pass through costs something every time.
 
-    @_translated
-    def read(self, fh: int, off: int, size: int) -> Coroutine[Any, Any, bytes]:
-        handle = self._requests.handles[fh]
-        if handle.direct and size < 512 and off % 512 == 0:
-            # QEMU probes the alignment with short reads, and would assume 4096 where they succeed without O_DIRECT's rules.
-            # Elsewhere a short one is the rest of a large one: the kernel splits what is read into memory off the pages.
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return self._requests.read(handle, off, size)
-
     def read_at_once(self, fh: int, off: int, size: int) -> bytes | None:
         """For the device: what `read` would answer, where that takes no time; None otherwise."""
         handle = self._requests.handles.get(fh)
         if handle is None or (handle.direct and size < 512):
             return None
         return self._requests.read_at_once(handle, off, size)
+
+    @_translated
+    def read_later(self, fh: int, off: int, size: int, reply: Reply) -> Coroutine[Any, Any, bytes | None]:
+        """For the device: what `read` answers, where that takes its time. None: the *reply* has been made."""
+        return self._requests.read_later(self._to_read(fh, off, size), off, size, reply)
+
+    @_translated
+    def read(self, fh: int, off: int, size: int) -> Coroutine[Any, Any, bytes]:
+        return self._requests.read(self._to_read(fh, off, size), off, size)
+
+    def _to_read(self, fh: int, off: int, size: int) -> Handle:
+        handle = self._requests.handles[fh]
+        if handle.direct and size < 512 and off % 512 == 0:
+            # QEMU probes the alignment with short reads, and would assume 4096 where they succeed without O_DIRECT's rules.
+            # Elsewhere a short one is the rest of a large one: the kernel splits what is read into memory off the pages.
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return handle
 
     @_translated
     def write(self, fh: int, off: int, buf: bytes) -> Coroutine[Any, Any, int]:

@@ -355,6 +355,12 @@ class CachingFilesystem(Filesystem):
     def read_at_once(self, _fh: int, _off: int, _size: int) -> bytes | None:
         return None  # rules come first
 
+    def known_capability(self, _inode: int) -> bytes | int | None:
+        return None  # rules come first
+
+    async def read_later(self, fh: int, off: int, size: int, _reply: object) -> bytes | None:
+        return await self.read(fh, off, size)
+
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._cached.get(fh)
         if handle is None:

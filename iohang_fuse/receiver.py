@@ -1,4 +1,4 @@
-"""How requests are taken from /dev/fuse: reads, writes and forgets are answered here, all others by pyfuse3.
+"""How requests are taken from /dev/fuse: reads, writes and what comes with them are answered here, all others by pyfuse3.
 
 1. pyfuse3 goes by libfuse, with a coroutine, a pipe and two copies of the data for each request. For names and attributes that is
    fine; for data it costs more than what is to be done about it.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FORGET, _READ, _WRITE, _INTERRUPT, _BATCH_FORGET = 2, 15, 16, 36, 42
+_FORGET, _READ, _WRITE, _GETXATTR, _INTERRUPT, _BATCH_FORGET = 2, 15, 16, 22, 36, 42
 
 # fuse_in_header, and fuse_read_in or fuse_write_in: they have these fields in the same places.
 # length, opcode, unique, node, uid, gid, pid, padding; handle, offset, size, flags, lock owner, flags, padding
@@ -48,9 +48,12 @@ _REQUEST = struct.Struct("=IIQQIIIIQQIIQII")
 _COUNT = struct.Struct("=I")
 _FORGOTTEN = struct.Struct("=QQ")
 _HEADER_BYTES = 40
+_NAME_AT = _HEADER_BYTES + 8  # behind fuse_getxattr_in
+_CAPABILITY = b"security.capability\0"
 _ANSWER = struct.Struct("=IiQ")  # fuse_out_header: length, error, unique
 _INVAL_ENTRY = 3  # in place of an error
 _NAME = struct.Struct("=QII")  # fuse_notify_inval_entry_out: node, length, flags
+_SIZE = struct.Struct("=II")  # fuse_getxattr_out: size, padding
 _WRITTEN = struct.Struct("=IiQII")  # and fuse_write_out: size, padding
 
 _LARGEST_BYTES = 16 << 20
@@ -142,7 +145,7 @@ class Device:
         self.slept = False  # whether who takes the next one has slept since the one before
         self._operations: Any = None
         self._nursery: trio.Nursery | None = None
-        self._fd = -1
+        self._fd = self._reply_fd = -1
         self._ready = select.poll()
         self._over = False
         self._turnstile = Turnstile(self)
@@ -174,6 +177,10 @@ class Device:
             if self._end is not None:
                 self._end.close()
                 os.close(self._fd)
+                # A read that was given up may return when all is over: its reply must not go to whatever gets the number.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._reply_fd, inheritable=False)
+                os.close(nowhere)
             self._notices.put(None)
 
     # ---- what is taken from /dev/fuse
@@ -185,6 +192,7 @@ class Device:
     def _attach(self, fd: int) -> None:
         """Take *fd* over from pyfuse3, which has just mounted it."""
         self._fd = os.dup(fd)
+        self._reply_fd = os.dup(fd)
         os.set_blocking(self._fd, False)
         self._ready.register(self._fd, select.POLLIN)
         self._end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -261,11 +269,18 @@ class Device:
             (count,) = _COUNT.unpack_from(message, _HEADER_BYTES)
             at = _HEADER_BYTES + 8
             return self._forget([*_FORGOTTEN.iter_unpack(message[at : at + count * _FORGOTTEN.size])])
+        elif opcode == _GETXATTR and self._header[_NAME_AT:length] == _CAPABILITY:
+            if not self._tell_capability(unique, node):
+                self._forward(length)
         elif opcode != _INTERRUPT:  # which changes nothing: pyfuse3 has no way to tell anybody
-            self._forwarded.append(self._message(length))
-            if self._takers:
-                trio.lowlevel.reschedule(self._takers.pop())
+            self._forward(length)
         return None
+
+    def _forward(self, length: int) -> None:
+        """Have pyfuse3 answer the request in the buffers."""
+        self._forwarded.append(self._message(length))
+        if self._takers:
+            trio.lowlevel.reschedule(self._takers.pop())
 
     async def _receive(self) -> int:
         """Have one request in the buffers. Without a round of the loop where one waits already, IN_A_ROW times."""
@@ -328,11 +343,13 @@ class Device:
 
     async def _read(self, unique: int, handle: int, offset: int, size: int) -> None:
         try:
-            data = await self._operations.read(handle, offset, size)
+            reply = self._reply_fd, _ANSWER.pack(_ANSWER.size + size, 0, unique)
+            data = await self._operations.read_later(handle, offset, size, reply)
         except pyfuse3.FUSEError as error:
             self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
         else:
-            self._tell(unique, data)
+            if data is not None:
+                self._tell(unique, data)
 
     async def _write(self, unique: int, handle: int, offset: int, data: bytes) -> None:
         try:
@@ -341,6 +358,22 @@ class Device:
             self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
         else:
             self._send(_WRITTEN.pack(_WRITTEN.size, 0, unique, count, 0))
+
+    def _tell_capability(self, unique: int, node: int) -> bool:
+        """Whether it is known: the kernel asks for it before every write that goes through its page cache."""
+        known: bytes | int | None = self._operations.known_capability(node)
+        if known is None:
+            return False
+        (room,) = _COUNT.unpack_from(self._header, _HEADER_BYTES)
+        if isinstance(known, int):
+            self._send(_ANSWER.pack(_ANSWER.size, -known, unique))
+        elif not room:  # how long it is
+            self._tell(unique, _SIZE.pack(len(known), 0))
+        elif len(known) > room:
+            self._send(_ANSWER.pack(_ANSWER.size, -errno.ERANGE, unique))
+        else:
+            self._tell(unique, known)
+        return True
 
     async def _forget(self, nodes: Sequence[tuple[int, int]]) -> None:
         await self._operations.forget(nodes)  # nobody waits for an answer

@@ -26,7 +26,7 @@ from iohang_fuse.engine import Abandoned, Engine, Transfer
 from iohang_fuse.events import Event, HangEnded, Op, ReopenRefused
 from iohang_fuse.images import Handle, Image, Opening
 from iohang_fuse.rehandle import NOTHING, HeldBytes, Policy, Request, State, Step
-from iohang_fuse.ring import LARGE_BYTES
+from iohang_fuse.ring import LARGE_BYTES, Reply
 from iohang_fuse.source import NotTheSame
 from iohang_fuse.tally import Tally
 
@@ -156,7 +156,10 @@ class Requests:
     async def read(self, handle: Handle, offset: int, size: int) -> bytes:
         """Up to *size* bytes at *offset*. Raises OSError when it was given up or its error is passed on."""
         data = self.read_at_once(handle, offset, size)
-        return await self.read_later(handle, offset, size) if data is None else data
+        if data is None:
+            data = await self.read_later(handle, offset, size)
+        assert data is not None  # without a reply
+        return data
 
     def read_at_once(self, handle: Handle, offset: int, size: int) -> bytes | None:
         """The same where it takes no time, or None. A large answer is valid until the next call only."""
@@ -178,8 +181,8 @@ class Requests:
                 return cached
         return None
 
-    async def read_later(self, handle: Handle, offset: int, size: int) -> bytes:
-        """The same by an attempt, which takes its time."""
+    async def read_later(self, handle: Handle, offset: int, size: int, reply: Reply | None = None) -> bytes | None:
+        """The same by an attempt, which takes its time. None: the *reply* has been made."""
         image, backing, tally = handle.image, handle.backing, self.tally
         tally.reads += 1
         written = image.log
@@ -189,11 +192,17 @@ class Requests:
         if step is NOTHING and not backing.failures:  # most of them
             try:
                 before, end_before = written.overlapping(offset, offset + size), written.end
+                if not before:
+                    work.reply = reply
                 begun = 1
                 failed, data = await self._attempt_plainly(handle, request, work)
+                work.reply = None
                 step = image.held.succeeded(request, self._now()) if failed is None else failed
                 if failed is None and request.answer is None:
                     self._apply(image, step)
+                    if data is None:
+                        tally.bytes_read += size
+                        return None
                     data = written.overlay(offset, size, data, before, end_before)
                     tally.bytes_read += len(data)
                     return data

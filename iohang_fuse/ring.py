@@ -10,8 +10,8 @@
    giving a lock back and taking it again.
 5. One thread alone may use a ring.
 
-Why not a library: caio, the one that is kept, can set no flags. Without IORING_SETUP_DEFER_TASKRUN the kernel interrupts the event
-loop for each operation that is done, and without IOSQE_ASYNC see 2.
+Why not a library: caio, the one that is kept, can set no flags: without IOSQE_ASYNC see 2, and without IOSQE_IO_LINK there are no
+replies (`Ring.read`).
 """
 
 from __future__ import annotations
@@ -24,30 +24,27 @@ import mmap
 import os
 import struct
 import threading
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 log = logging.getLogger(__name__)
 
 # The numbers are those of linux/io_uring.h; they are the same on all architectures.
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 _OP_READ, _OP_WRITE = 22, 23
-_SQE_ASYNC = 1 << 4
+_SQE_LINK, _SQE_ASYNC, _SQE_CQE_SKIP_SUCCESS = 1 << 2, 1 << 4, 1 << 6
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
-_ENTER_GETEVENTS = 1 << 0
 _SETUP_CLAMP, _SETUP_COOP_TASKRUN, _SETUP_TASKRUN_FLAG = 1 << 4, 1 << 8, 1 << 9
-_SETUP_SINGLE_ISSUER, _SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
 _FEATURES = 1 << 0 | 1 << 1 | 1 << 3  # SINGLE_MMAP, NODROP, RW_CUR_POS: Linux 5.6, the first with all that is used here
+_FEATURE_CQE_SKIP = 1 << 11
 _SQ_TASKRUN = 1 << 2
 _CQ_EVENTFD_DISABLED = 1 << 0
 _REGISTER_EVENTFD = 4
 _REGISTER_IOWQ_MAX_WORKERS = 19
 
-_WAYS = (
-    _SETUP_SINGLE_ISSUER | _SETUP_DEFER_TASKRUN | _SETUP_TASKRUN_FLAG,  # Linux 6.1
-    _SETUP_COOP_TASKRUN | _SETUP_TASKRUN_FLAG,  # Linux 5.19
-    0,
-)
-"""How we hear of what is done, the best first: when we ask; with the next system call; by an interrupt each time."""
+_WAYS = (_SETUP_COOP_TASKRUN | _SETUP_TASKRUN_FLAG, 0)
+"""The first one since Linux 5.19: what the kernel's threads do not finish themselves is finished at our next system call. Never
+IORING_SETUP_DEFER_TASKRUN: there a reply waits until we look (io_free_batch_list in io_uring/io_uring.c), and is not made by the
+thread that has read."""
 
 # opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data; the rest stays 0
 _SQE = struct.Struct("=BBHiQQIIQ")
@@ -67,6 +64,7 @@ _enter.restype = ctypes.c_long
 # With NULL "the contents of the bytes object are uninitialized" (Python/C API, Bytes Objects).
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.argtypes, _new_bytes.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
+_copy = ctypes.memmove
 _address = ctypes.pythonapi.PyBytes_AsString
 _address.argtypes, _address.restype = (ctypes.py_object,), ctypes.c_void_p
 
@@ -79,25 +77,47 @@ _MOST_BUFFERS = 16  # that are kept for the next ones
 
 
 class _Buffer:
-    """Memory for one large read, again and again."""
+    """Memory for one large read, again and again; in front of it there is room for a head."""
 
     __slots__ = ("address", "view")
 
     def __init__(self) -> None:
-        memory = mmap.mmap(-1, _LARGEST_BYTES)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self.view = memoryview(memory)
+        memory = mmap.mmap(-1, mmap.PAGESIZE + _LARGEST_BYTES)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + mmap.PAGESIZE
+        self.view = memoryview(memory)[mmap.PAGESIZE :]
+
+
+Reply: TypeAlias = tuple[int, bytes]
+"""Where what is read goes to: a descriptor, and a head of up to a page for what is written there at once."""
 
 
 class Operation(Protocol):
     """Who is told what became of an operation."""
 
-    def done(self, result: int, data: bytes) -> None:
-        """*result*: the count of bytes, or an errno negated. *data*: the bytes, of which as many count."""
+    def done(self, result: int, data: bytes | None) -> None:
+        """*result*: the count of bytes, or an errno negated. *data*: the bytes, of which as many count.
+
+        None with a count: the reply was made. None with an error: the kernel may still be about to use the descriptor.
+        """
 
 
-_aloft: dict[int, tuple[Operation, bytes | _Buffer]] = {}
-"""Operations of all rings by their numbers: so the bytes outlive even a ring that nobody has any more."""
+class _Replied:
+    """A read with a reply. The kernel tells of one of both: of the reply, or of the read that has not got all."""
+
+    __slots__ = ("head_bytes", "memory", "operation", "read_number", "size", "told")
+
+    def __init__(self, operation: Operation, size: int, head_bytes: int, memory: bytes | _Buffer) -> None:
+        self.operation = operation
+        self.size = size
+        self.head_bytes = head_bytes
+        self.memory = memory
+        self.read_number = 0
+        self.told = False
+
+
+_aloft: dict[int, tuple[Operation | _Replied, bytes | _Buffer | None]] = {}
+"""Operations of all rings by their numbers: so the bytes outlive even a ring that nobody has any more. A reply, whose number is one
+more than its read's, has none."""
 
 
 _numbers = itertools.count(1)
@@ -144,7 +164,8 @@ class Ring:
             if params.features & _FEATURES != _FEATURES:
                 raise OSError(errno.ENOTSUP, "io_uring of a Linux before 5.6")
             self.entries: int = params.sq_entries
-            self._deferred = bool(params.flags & _SETUP_DEFER_TASKRUN)
+            # Before Linux 5.19 a read under way would keep /dev/fuse open, too, after the end of the mount.
+            self._replies = bool(params.features & _FEATURE_CQE_SKIP and params.flags & _SETUP_COOP_TASKRUN)
             size = max(params.sq.array + 4 * params.sq_entries, params.cq.cqes + _CQE_BYTES * params.cq_entries)
             self._ring = mmap.mmap(self._fd, size, offset=_OFF_SQ_RING)
             self._sqes = mmap.mmap(self._fd, params.sq_entries * _SQE_BYTES, offset=_OFF_SQES)
@@ -156,7 +177,7 @@ class Ring:
         words[params.sq.array // 4 : params.sq.array // 4 + self.entries] = memoryview(
             struct.pack(f"={self.entries}I", *range(self.entries))
         ).cast("I")  # entry n of the array is always n
-        self._sq_head, self._sq_tail, self._sq_flags = params.sq.head // 4, params.sq.tail // 4, params.sq.fifth // 4
+        self._sq_tail, self._sq_flags = params.sq.tail // 4, params.sq.fifth // 4
         self._cq_head, self._cq_tail, self._cqes = params.cq.head // 4, params.cq.tail // 4, params.cq.cqes
         self._cq_flags = params.cq.array // 4
         self._sq_mask, self._cq_mask = self.entries - 1, params.cq_entries - 1
@@ -182,32 +203,57 @@ class Ring:
         """For so many operations before the next `hand_over`."""
         return int(self.entries - (self._tail - self._handed_over & _MASK))
 
-    def read(self, operation: Operation, fd: int, offset: int, size: int) -> None:
-        """Have *size* bytes at *offset* read. There must be `room`.
+    def read(self, operation: Operation, fd: int, offset: int, size: int, reply: Reply | None = None) -> None:
+        """Have *size* bytes at *offset* read. There must be `room`, for two with a *reply*.
 
-        What is larger than `LARGE_BYTES` is told as a view of memory that the next `hand_over` takes back.
+        What is larger than `LARGE_BYTES` is told as a view of memory that the next `hand_over` takes back. The *reply* is made
+        where all of them were read: by the thread of the kernel's that has read them, while nobody here need be awake.
         """
+        buffer = None
         if LARGE_BYTES < size <= _LARGEST_BYTES:
             buffer = self._buffers.pop() if self._buffers else _Buffer()
-            self._put(_OP_READ, operation, fd, offset, size, buffer.address, buffer)
+        if reply is None or not self._replies:
+            data: bytes | _Buffer = cast("bytes", _new_bytes(None, size)) if buffer is None else buffer
+            address = _address(data) if buffer is None else buffer.address
+            self._put(_OP_READ, operation, fd, offset, size, address, data)
+            return
+        to, head = reply
+        count = len(head)
+        if buffer is None:
+            data = cast("bytes", _new_bytes(None, count + size))
+            address = _address(data)
         else:
-            data = cast("bytes", _new_bytes(None, size))
-            self._put(_OP_READ, operation, fd, offset, size, _address(data), data)
+            data = buffer
+            address = buffer.address - count
+        _copy(address, head, count)
+        both = _Replied(operation, size, count, data)
+        flags = _SQE_ASYNC | _SQE_LINK | _SQE_CQE_SKIP_SUCCESS
+        both.read_number = self._put(_OP_READ, both, fd, offset, size, address + count, data, flags)
+        self._put(_OP_WRITE, both, to, 0, count + size, address, None)
 
     def write(self, operation: Operation, fd: int, offset: int, data: bytes) -> None:
         """Have *data* written at *offset*. There must be `room`."""
         self._put(_OP_WRITE, operation, fd, offset, len(data), _address(data), data)
 
     def _put(
-        self, opcode: int, operation: Operation, fd: int, offset: int, size: int, address: int, data: bytes | _Buffer
-    ) -> None:
+        self,
+        opcode: int,
+        operation: Operation | _Replied,
+        fd: int,
+        offset: int,
+        size: int,
+        address: int,
+        data: bytes | _Buffer | None,
+        flags: int = _SQE_ASYNC,
+    ) -> int:
         number = next(_numbers)
         _SQE.pack_into(
             self._sqes, (self._tail & self._sq_mask) * _SQE_BYTES,
-            opcode, _SQE_ASYNC, 0, fd, offset, address, size, 0, number,
+            opcode, flags, 0, fd, offset, address, size, 0, number,
         )  # fmt: skip
         _aloft[number] = operation, data
         self._tail = self._tail + 1 & _MASK
+        return number
 
     def hand_over(self) -> None:
         """Give the kernel what was put on the ring. What it does not take, for want of memory, is done with EAGAIN."""
@@ -217,7 +263,7 @@ class Ring:
         count = self._tail - self._handed_over & _MASK
         self._words[self._sq_tail] = self._tail
         while count:
-            taken = _enter(_ENTER, self._fd, count, 0, _ENTER_GETEVENTS if self._deferred else 0, None, 0)
+            taken = _enter(_ENTER, self._fd, count, 0, 0, None, 0)
             if taken <= 0:
                 if taken < 0 and ctypes.get_errno() == errno.EINTR:
                     continue
@@ -225,6 +271,12 @@ class Ring:
                 return
             count -= taken
             self._handed_over = self._handed_over + taken & _MASK
+            if count and self._flags_of(self._handed_over - 1) & _SQE_LINK:
+                self._take_back()  # a read alone was taken: its reply, handed over now, would not wait for it
+                return
+
+    def _flags_of(self, place: int) -> int:
+        return int(self._sqes[(place & self._sq_mask) * _SQE_BYTES + 1])
 
     def _take_back(self) -> None:
         refused = []
@@ -234,17 +286,22 @@ class Ring:
             refused.append(_aloft.pop(number))
         self._words[self._sq_tail] = self._tail
         for operation, data in reversed(refused):
-            self._tell(operation, -errno.EAGAIN, data)
+            if type(operation) is _Replied and data is None and not operation.told:
+                # The read alone was taken, and nobody is told of it: its memory stays `_aloft`, a loss of a MiB at most.
+                operation.told = True
+                self._tell(operation.operation, -errno.EAGAIN, None)
+            else:
+                self._tell(operation, -errno.EAGAIN, data)
         os.eventfd_write(self.fileno, 1)  # who was told may have work for a loop that is just about to wait
 
     def about_to_wait(self) -> None:
         """`hand_over`, after which `fileno` is readable as soon as there is something to collect."""
-        words = self._words
-        if self._deferred:
-            # In this order: what is done before the system call, it leaves in the queue; what is done after it, is signalled.
-            words[self._cq_flags] = 0
-            if self._tail == self._handed_over:
-                _enter(_ENTER, self._fd, 0, 0, _ENTER_GETEVENTS, None, 0)
+        if self._cq_flags:  # since Linux 5.8
+            self._words[self._cq_flags] = 0
+        # A system call orders this and the look at the queue: what is not in it then, is signalled. (Linux has a barrier between
+        # both, too: wq_has_sleeper, called by io_cqring_wake in io_uring/io_uring.h.)
+        if self._tail == self._handed_over:
+            _enter(_ENTER, self._fd, 0, 0, 0, None, 0)
         self.hand_over()
         if self.is_done():
             os.eventfd_write(self.fileno, 1)
@@ -255,16 +312,13 @@ class Ring:
 
     def waited(self) -> None:
         """Nobody looks at `fileno` now, so the kernel need not signal it."""
-        if self._deferred:
+        if self._cq_flags:
             self._words[self._cq_flags] = _CQ_EVENTFD_DISABLED
 
     def collect(self) -> None:
         """Tell those whose operations are done."""
         words = self._words
-        # The kernel brings some 20 at a time (Linux 6.13), and others are done meanwhile.
-        for _ in range(self._cq_mask):
-            if self._deferred and words[self._sq_flags] & _SQ_TASKRUN:
-                _enter(_ENTER, self._fd, 0, 0, _ENTER_GETEVENTS, None, 0)
+        for _ in range(self._cq_mask):  # others are done meanwhile
             tail = words[self._cq_tail]
             if tail == self._head:
                 return
@@ -276,12 +330,29 @@ class Ring:
                 operation, data = _aloft.pop(number)
                 self._tell(operation, result, data)
 
-    def _tell(self, operation: Operation, result: int, data: bytes | _Buffer) -> None:
-        if type(data) is _Buffer:
-            self._lent.append(data)
-            data = cast("bytes", data.view[: max(result, 0)])  # nobody changes it, and nobody keeps it
+    def _tell(self, operation: Operation | _Replied, result: int, memory: bytes | _Buffer | None) -> None:
+        made = False
+        if type(operation) is _Replied:
+            both = operation
+            if both.told:
+                return
+            both.told = True
+            operation = both.operation
+            if memory is None:
+                _aloft.pop(both.read_number, None)
+                made = result == both.head_bytes + both.size
+                result, memory = both.size, both.memory
+            else:
+                _aloft.pop(both.read_number + 1, None)  # it may have been refused
+            if type(memory) is bytes and not made:
+                memory = memory[both.head_bytes :]
+        if type(memory) is _Buffer:
+            self._lent.append(memory)
+            data: Any = memory.view[: max(result, 0)]  # nobody changes it, and nobody keeps it
+        else:
+            data = memory
         try:
-            operation.done(result, cast("bytes", data))
+            operation.done(result, None if made else data)  # type: ignore[union-attr]
         except Exception:  # a bug costs one operation, and not those that are told after it (P11)
             log.exception("a bug in what is done with an operation of io_uring; the mount stays")
 

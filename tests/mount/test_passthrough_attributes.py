@@ -192,6 +192,25 @@ def test_set_id_bits_go_when_another_writes_and_stay_for_root(any_pair: Pair, us
     assert oct(os.stat(any_pair.source / "file").st_mode & 0o7777) == ("0o6777" if user.uid == 0 else "0o777")
 
 
+@pytest.mark.parametrize("how", ["write", "truncate"])
+def test_set_id_bits_go_when_the_writer_is_not_the_opener(any_pair: Pair, how: str) -> None:
+    """A descriptor may be handed on; what counts is who writes."""
+
+    def prepare(directory: Path) -> None:
+        path = directory / "file"
+        path.write_bytes(b"content")
+        os.chown(path, ALICE.uid, ALICE.gid)
+        path.chmod(SPECIAL)
+
+    def work(directory: Path) -> str:
+        fd = os.open(directory / "file", os.O_RDWR)
+        as_user(BOB, lambda: os.pwrite(fd, b"x", 0) if how == "write" else os.ftruncate(fd, 1))
+        os.close(fd)
+        return oct(os.stat(directory / "file").st_mode & 0o7777)
+
+    assert any_pair.same(work, prepare) == "0o777"
+
+
 def test_set_id_bits_go_with_the_owner(pair: Pair) -> None:
     def prepare(directory: Path) -> None:
         (directory / "file").touch()

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import gc
 import os
+import socket
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -416,6 +417,54 @@ async def test_the_ring_is_used_and_no_thread(ring: Place) -> None:
         await ring.read(backing, number, 1)
     assert ring.engine.threads.count == 0
     backing.close()
+
+
+async def test_what_was_read_may_go_at_once_to_who_has_asked(place: Place) -> None:
+    """By the ring; where it is none, or not all of it could be had, the attempt has it. P6: "never passed on short"."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near.settimeout(0)
+    backing = place.open()
+
+    def read(offset: int) -> Flight[object]:
+        work = Transfer(backing, offset, 100)
+        work.reply = far.fileno(), b"head"
+        return place.engine.flight(work, place._late, calm=True)
+
+    whole = await read(50).land()
+    if place.engine.name == "uring":
+        assert whole is None
+        assert near.recv(1000) == b"head" + bytes(range(50, 150))
+    else:
+        assert whole == bytes(range(50, 150))
+    assert await read(4090).land() == bytes(range(250, 256))
+    assert await read(4096).land() == b""
+    with pytest.raises(BlockingIOError):
+        near.recv(1000)
+    backing.close()
+    near.close()
+    far.close()
+
+
+async def test_a_read_that_the_kernel_may_still_make_keeps_its_descriptor(
+    ring: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken the read, and had no memory for the reply: the attempt goes on in a thread, and the number is nobody else's."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near.settimeout(0)
+    real = ring_module._enter
+    monkeypatch.setattr(ring_module, "_enter", lambda number, fd, count, *rest: real(number, fd, min(count, 1), *rest))
+    backing = ring.open()
+    work = Transfer(backing, 50, 100)
+    work.reply = far.fileno(), b"head"
+    description = backing._now
+    assert await ring.engine.flight(work, ring._late, calm=True).land() == bytes(range(50, 150))
+    backing.close()
+    os.fstat(description.fd)
+    with pytest.raises(BlockingIOError):
+        near.recv(1000)
+    os.close(description.fd)
+    near.close()
+    far.close()
 
 
 def test_what_comes_at_once_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 MIB = 1 << 20
-FORGET, GETATTR, READ, WRITE, RELEASE, INTERRUPT, BATCH_FORGET = 2, 3, 15, 16, 18, 36, 42
+FORGET, GETATTR, READ, WRITE, RELEASE, GETXATTR, INTERRUPT, BATCH_FORGET = 2, 3, 15, 16, 18, 22, 36, 42
 MANY = 62
 
 
@@ -47,6 +47,7 @@ class Operations:
         self.written: list[tuple[int, int, bytes]] = []
         self.forgotten: list[tuple[int, int]] = []
         self.error = 0
+        self.capability: bytes | int | None = None
 
     def note(self, what: str, request: int) -> None:
         self.did.append((what, request, self.rounds.count))
@@ -59,7 +60,7 @@ class Operations:
         self.note("answer", request)
         return b"x" * size
 
-    async def read(self, request: int, _offset: int, size: int) -> bytes:
+    async def read_later(self, request: int, _offset: int, size: int, _reply: object) -> bytes | None:
         assert self.handle is not None
         self.note("take", request)
         await self.handle(request)
@@ -71,6 +72,9 @@ class Operations:
             raise pyfuse3.FUSEError(self.error)
         self.written.append((handle, offset, data))
         return len(data)
+
+    def known_capability(self, node: int) -> bytes | int | None:
+        return self.capability if node == 1 else None
 
     async def forget(self, nodes: Sequence[tuple[int, int]]) -> None:
         self.forgotten += nodes
@@ -389,6 +393,38 @@ async def test_all_others_are_pyfuse3s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(kernel.for_pyfuse3) == sorted(sent)
 
 
+async def test_a_capability_that_is_known_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel asks before every write by its page cache. Everything else about it is pyfuse3's."""
+
+    def ask(unique: int, size: int, name: bytes = b"security.capability", node: int = 1) -> bytes:
+        return kernel.send(GETXATTR, unique, struct.pack("=II", size, 0) + name + b"\0", node)
+
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.capability = errno.ENODATA
+        ask(1, 0)
+        ask(2, 100)
+        await kernel.answered(1, 2)
+        kernel.operations.capability = b"all of them"
+        ask(3, 0)
+        ask(4, 11)
+        ask(5, 10)
+        await kernel.answered(3, 4, 5)
+        none = (-errno.ENODATA, b"")
+        told = [none, none, (0, struct.pack("=II", 11, 0)), (0, b"all of them"), (-errno.ERANGE, b"")]
+        assert [kernel.answers[unique] for unique in range(1, 6)] == told
+        assert kernel.for_pyfuse3 == []
+
+        others = [
+            ask(6, 100, b"security.capabilit"),
+            ask(7, 100, b"security.capability.of_a_name_that_is_longer_than_the_header"),
+            ask(8, 100, node=2),
+        ]
+        kernel.operations.capability = None
+        others.append(ask(9, 100))
+        await kernel.answered(6, 7, 8, 9)
+        assert kernel.for_pyfuse3 == others
+
+
 async def test_a_name_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """FUSE_NOTIFY_INVAL_ENTRY of linux/fuse.h."""
     async with mounted(monkeypatch) as kernel:
@@ -470,6 +506,18 @@ def receive_one_and(number: int) -> Callable[[int, Any], int]:
         return received[0]
 
     return receiving
+
+
+async def test_after_the_end_a_reply_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that hangs may return when another file would have the number; nor may /dev/fuse stay open for it.
+
+    P8: the end of its last descriptor is what ends those who wait.
+    """
+    async with mounted(monkeypatch) as kernel:
+        reply_fd = kernel.device._reply_fd
+        assert os.readlink(f"/proc/self/fd/{reply_fd}").startswith("socket:")
+    assert os.readlink(f"/proc/self/fd/{reply_fd}") == "/dev/null"
+    os.close(reply_fd)
 
 
 async def test_unmounted(monkeypatch: pytest.MonkeyPatch) -> None:

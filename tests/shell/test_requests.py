@@ -10,21 +10,27 @@ import gc
 import math
 import os
 import random
+import socket
 import weakref
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from iohang_fuse.backing import Backing
 from iohang_fuse.commands import About, Commands
+from iohang_fuse.engine import Engine
 from iohang_fuse.events import HangBegan, HangEnded, Op, TimedOut
 from iohang_fuse.images import Image
 from iohang_fuse.rehandle import HeldBytes
+from iohang_fuse.requests import Requests
+from iohang_fuse.source import SERVER, Opened
 from tests.core.world import policy
 from tests.shell.fakes import FakeBacking, Shell, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from trio.testing import MockClock
 
@@ -660,3 +666,34 @@ async def test_an_operator_s_retry_hastens(
     for name, hastens in (("io-hang-drain", 0), ("io-hang-retry", 1)):
         commands.call(name, {})
         assert len(called) == hastens
+
+
+# ---- replies
+
+
+async def test_what_the_write_log_has_is_not_replied_by_the_kernel(nursery: trio.Nursery, tmp_path: Path) -> None:
+    """P3: the storage may have dropped it after a failed writeback; the log has it, and what is read there is no answer."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"-" * 20_000)
+    backing = Backing(
+        Opened(os.open(path, os.O_RDWR), os.O_RDWR, stable=False, ring_reads=True, ring_writes=True), SERVER
+    )
+    requests = Requests(policy(), 1 << 30, [], write_log=1 << 20, engine=Engine("uring"))
+    nursery.start_soon(requests.serve, nursery)
+    handle = requests.opened(7, "disk.img", backing, os.O_RDWR)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near.settimeout(0)
+    reply = far.fileno(), b"head"
+    assert await requests.read_later(handle, 0, 8192, reply) is None
+    assert near.recv(10_000) == b"head" + b"-" * 8192
+    await requests.write(handle, 4096, b"written!")
+    path.write_bytes(b"-" * 20_000)
+    assert await requests.read_later(handle, 0, 4097, reply) == b"-" * 4096 + b"w"
+    with pytest.raises(BlockingIOError):
+        near.recv(10_000)
+    assert await requests.read_later(handle, 4104, 1, reply) is None
+    assert near.recv(10_000) == b"head-"
+    assert (requests.tally.reads, requests.tally.bytes_read) == (3, 8192 + 4097 + 1)
+    backing.close()
+    near.close()
+    far.close()
