@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,3 +116,19 @@ def test_the_system_can_be_read() -> None:
 def test_a_mount_that_is_gone_already_needs_no_limit(tmp_path: Path) -> None:
     """Who unmounts at once ends the server as ever, and not with a traceback."""
     limits.set_max_background_of(str(tmp_path), 4096)
+
+
+def test_the_alarm_clock_is_off_when_the_interpreter_ends() -> None:
+    """P12, P8: a second at the very end, when the interpreter has given signals back, must not make a failure of the exit."""
+    slow_end = """
+import time
+from iohang_fuse import limits
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(2.5)
+
+slow = Slow()
+limits.alarm_clock()
+"""
+    assert subprocess.run([sys.executable, "-c", slow_end], check=False, timeout=60).returncode == 0
