@@ -1,7 +1,8 @@
 """Data I/O on backing files, without blocking the event loop.
 
-1. An attempt is an operation on the ring or a function call in a thread; its coroutine sleeps until it lands. Nothing is
-   decided here but which of both: how many attempts an image may have in flight is the rehandle list's business.
+1. An attempt is an operation on the ring or a function call in a thread; when it lands, whoever waits is told on the event loop, be
+   that a coroutine (`Flight.land`) or a call (`Flight.take_off`). Nothing is decided here but which of both: how many attempts an
+   image may have in flight is the rehandle list's business.
 2. What the ring leaves over of a short count is done in a thread, where backing.py sees to it (P6).
 3. A write that is under way cannot be called back. `Flight.abandon` is for reads.
 """
@@ -139,34 +140,38 @@ class Flight(Generic[T]):
         self._engine = engine
         self._work = work
         self._on_late_return = on_late_return
-        self._task: trio.lowlevel.Task | None = None
+        self._tell: Callable[[outcome.Outcome[T]], object] | None = None
 
     async def land(self) -> T:
         """Raises what *work* raised, EAGAIN if no thread could be started, or `Abandoned`."""
-        self._start()
-        self._task = trio.lowlevel.current_task()
+        self.take_off(functools.partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
         result: T = await trio.lowlevel.wait_task_rescheduled(self._abort)
         return result
 
+    def take_off(self, tell: Callable[[outcome.Outcome[T]], object]) -> None:
+        """The same without a coroutine: *tell* is called on the event loop. Raises EAGAIN if no thread could be started."""
+        self._start()
+        self._tell = tell
+
     def abandon(self) -> None:
-        """Wake the waiting coroutine with `Abandoned`; the attempt goes on, and its result is dropped."""
-        if self._task is not None:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task, outcome.Error(Abandoned()))
+        """Tell whoever waits `Abandoned`; the attempt goes on, and its result is dropped."""
+        if self._tell is not None:
+            tell, self._tell = self._tell, None
+            tell(outcome.Error(Abandoned()))
 
     def landed(self, result: outcome.Outcome[T]) -> None:
         """The attempt has returned. For the engine, on the event loop."""
-        if self._task is None:
+        if self._tell is None:
             self._on_late_return()
         else:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task, result)
+            tell, self._tell = self._tell, None
+            tell(result)
 
     def _start(self) -> None:
         self._engine.threads.submit(self._work, self.landed)
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        self._task = None
+        self._tell = None
         return trio.lowlevel.Abort.SUCCEEDED
 
 
@@ -254,7 +259,10 @@ class Threads:
                 if done is not None:
                     landed, age, result = done
                     self.under_way.end(age)
-                    landed(result)
+                    try:
+                        landed(result)
+                    except Exception:  # a bug costs one request, not the mount (P11)
+                        log.exception("a bug in what an attempt in a thread led to; the mount stays")
                 elif self.count > self.under_way.count:  # one has had nothing to do for a while
                     self.count -= 1  # who goes is decided here
                     self._jobs.put(None)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from iohang_fuse.images import Handle, Image
-    from iohang_fuse.requests import Requests
+    from iohang_fuse.requests import More, Requests
     from iohang_fuse.ring import Reply
 
 P = ParamSpec("P")
@@ -79,6 +79,33 @@ def _translated(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Cor
             raise FUSEError(errno.EIO) from None
 
     return translated
+
+
+def _begun(
+    begin: Callable[[Callable[[More[T]], object]], More[T] | None],
+    go_on: Callable[[More[T]], object],
+    finish: Callable[[More[T]], Coroutine[Any, Any, T]],
+) -> More[T] | None:
+    """The same for what has no task: what *begin* raises and what is left to do are both for whoever awaits *finish*."""
+    try:
+        more = begin(lambda more: go_on(functools.partial(finish, more)))
+    except Exception as error:  # noqa: BLE001 - for whoever asked
+        more = functools.partial(_raised, error)
+    return None if more is None else functools.partial(finish, more)
+
+
+@_translated
+async def _finish_read(more: More[bytes]) -> bytes:
+    return await more()
+
+
+@_translated
+async def _finish_write(more: More[int]) -> int:
+    return await more()
+
+
+async def _raised(error: Exception) -> Any:
+    raise error
 
 
 class _Listing:
@@ -733,10 +760,21 @@ class Filesystem(pyfuse3.Operations):
             return None
         return self._requests.read_at_once(handle, off, size)
 
-    @_translated
-    def read_later(self, fh: int, off: int, size: int, reply: Reply) -> Coroutine[Any, Any, bytes | None]:
-        """For the device: what `read` answers, where that takes its time. None: the *reply* has been made."""
-        return self._requests.read_later(self._to_read(fh, off, size), off, size, reply)
+    def begin_read(
+        self,
+        fh: int,
+        off: int,
+        size: int,
+        reply: Reply,
+        answer: Callable[[bytes | None], object],
+        go_on: Callable[[More[bytes]], object],
+    ) -> More[bytes] | None:
+        """For the device: what `read` answers, where that takes its time; see `Requests.begin_read`. To await raises FUSEError."""
+
+        def begin(go_on: Callable[[More[bytes]], object]) -> More[bytes] | None:
+            return self._requests.begin_read(self._to_read(fh, off, size), off, size, reply, answer, go_on)
+
+        return _begun(begin, go_on, _finish_read)
 
     @_translated
     def read(self, fh: int, off: int, size: int) -> Coroutine[Any, Any, bytes]:
@@ -753,6 +791,16 @@ class Filesystem(pyfuse3.Operations):
     @_translated
     def write(self, fh: int, off: int, buf: bytes) -> Coroutine[Any, Any, int]:
         return self._requests.write(self._requests.handles[fh], off, buf)
+
+    def begin_write(
+        self, fh: int, off: int, buf: bytes, answer: Callable[[int], object], go_on: Callable[[More[int]], object]
+    ) -> More[int] | None:
+        """For the device: `write`; see `Requests.begin_write`. To await raises FUSEError."""
+
+        def begin(go_on: Callable[[More[int]], object]) -> More[int] | None:
+            return self._requests.begin_write(self._requests.handles[fh], off, buf, answer, go_on)
+
+        return _begun(begin, go_on, _finish_write)
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature

@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import errno
 import fnmatch
+import functools
 import logging
 import math
 import os
@@ -56,7 +57,7 @@ from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -358,8 +359,11 @@ class CachingFilesystem(Filesystem):
     def known_capability(self, _inode: int) -> bytes | int | None:
         return None  # rules come first
 
-    async def read_later(self, fh: int, off: int, size: int, _reply: object) -> bytes | None:
-        return await self.read(fh, off, size)
+    def begin_read(self, fh: int, off: int, size: int, *_: object) -> Callable[[], Coroutine[Any, Any, bytes]]:
+        return functools.partial(self.read, fh, off, size)
+
+    def begin_write(self, fh: int, off: int, buf: bytes, *_: object) -> Callable[[], Coroutine[Any, Any, int]]:
+        return functools.partial(self.write, fh, off, buf)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._cached.get(fh)

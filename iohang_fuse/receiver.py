@@ -9,10 +9,12 @@
 4. Who has answered a request goes on with the next, as long as there is one: a round of trio's loop for each costs more than all
    the rest of a small one. After some in a row trio has its turn all the same: answers, timers and signals do not wait for a busy
    guest (P7).
-5. What is done in one round of the loop is answered before anything new is taken: a guest is woken once for all of it, and
-   waking a processor that sleeps costs more than an answer. And while more requests wait, several tasks take them in one round:
-   each sleeps until its request is done, and what a round costs is shared by all that it takes.
-6. The numbers and structures are those of linux/fuse.h, which are the same on all architectures, and never change.
+5. A healthy read or write has no task: what brings its attempt back answers it (`Device._begin`), and who has taken it goes on with
+   the next. One that has failed, or must wait, goes on in a task.
+6. What is done in one round of the loop is answered before anything new is taken: a guest is woken once for all of it, and
+   waking a processor that sleeps costs more than an answer. And while more requests wait that need tasks, several tasks take them
+   in one round: each sleeps until its request is done, and what a round costs is shared by all that it takes.
+7. The numbers and structures are those of linux/fuse.h, which are the same on all architectures, and never change.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import logging
 import mmap
@@ -30,13 +33,16 @@ import socket
 import struct
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 import pyfuse3
 import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
+
+_More: TypeAlias = "Callable[[], Coroutine[Any, Any, Any]]"
+"""What is left to do for an answer, to be called and awaited."""
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +73,8 @@ IN_A_ROW = 16
 """Requests between two rounds of trio's loop: 16 reads of 1 MiB from the page cache take some 3 ms."""
 
 CALLED = 8
-"""Tasks that are called at once while requests wait. On the workload 4k-write-16 of contrib/benchmark 8 do more than 4, 4 more than
-1. Who is called for nothing costs time."""
+"""Tasks that are called at once while requests wait that need one. When each write did, 8 made more of the workload 4k-write-16 of
+contrib/benchmark than 4, and 4 more than 1. Who is called for nothing costs time."""
 
 IDLE = 64
 """Tasks kept: below that, each burst of requests creates and ends them again."""
@@ -148,6 +154,8 @@ class Device:
         self._fd = self._reply_fd = -1
         self._ready = select.poll()
         self._over = False
+        self._aloft = 0  # requests that no task waits for
+        self._all_landed: trio.Event | None = None
         self._turnstile = Turnstile(self)
         self._header = bytearray(_REQUEST.size)
         self._large = b""  # where the next request's data is received if it is as large as that
@@ -173,10 +181,14 @@ class Device:
                 if self._end is not None:
                     self.pass_on()
                     trio.lowlevel.notify_closing(self._end)
+                if self._aloft:
+                    self._all_landed = trio.Event()
+                    await self._all_landed.wait()
         finally:
             if self._end is not None:
                 self._end.close()
                 os.close(self._fd)
+                self._fd = -1  # and no other file that gets the number
                 # A read that was given up may return when all is over: its reply must not go to whatever gets the number.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._reply_fd, inheritable=False)
@@ -258,10 +270,10 @@ class Device:
         if opcode == _READ:
             data = self._read_at_once(handle, offset, size)
             if data is None:
-                return self._read(unique, handle, offset, size)
+                return self._begin_read(unique, handle, offset, size)
             self._tell(unique, data)
         elif opcode == _WRITE:
-            return self._write(unique, handle, offset, self._data(size))
+            return self._begin_write(unique, handle, offset, self._data(size))
         elif opcode == _FORGET:
             return self._forget([(node, handle)])
         elif opcode == _BATCH_FORGET:
@@ -299,6 +311,8 @@ class Device:
         self.wanted = max(self.wanted - 1, 1)
         while True:
             await trio.lowlevel.wait_readable(self._fd)
+            if self._over:  # while this task was being woken
+                raise trio.ClosedResourceError
             with contextlib.suppress(BlockingIOError):
                 return os.readv(self._fd, self._buffers)
 
@@ -341,23 +355,51 @@ class Device:
             return None
         return data
 
-    async def _read(self, unique: int, handle: int, offset: int, size: int) -> None:
-        try:
-            reply = self._reply_fd, _ANSWER.pack(_ANSWER.size + size, 0, unique)
-            data = await self._operations.read_later(handle, offset, size, reply)
-        except pyfuse3.FUSEError as error:
-            self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
-        else:
-            if data is not None:
-                self._tell(unique, data)
+    def _begin_read(self, unique: int, handle: int, offset: int, size: int) -> Coroutine[Any, Any, None] | None:
+        reply = self._reply_fd, _ANSWER.pack(_ANSWER.size + size, 0, unique)
+        begin = functools.partial(self._operations.begin_read, handle, offset, size, reply)
+        return self._begin(begin, self._tell_read, unique)
 
-    async def _write(self, unique: int, handle: int, offset: int, data: bytes) -> None:
+    def _begin_write(self, unique: int, handle: int, offset: int, data: bytes) -> Coroutine[Any, Any, None] | None:
+        begin = functools.partial(self._operations.begin_write, handle, offset, data)
+        return self._begin(begin, self._tell_written, unique)
+
+    def _begin(
+        self,
+        begin: Callable[[Callable[[Any], None], Callable[[_More], None]], _More | None],
+        tell: Callable[[int, Any], None],
+        unique: int,
+    ) -> Coroutine[Any, Any, None] | None:
+        """Return what is to be awaited, if anything is. Until *begin* has called one of the two, no task waits for the request."""
+
+        def answer(result: Any) -> None:
+            tell(unique, result)
+            self._has_landed()  # not before: whoever fails at telling goes on
+
+        def go_on(more: _More) -> None:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._finish, more, tell, unique)
+            self._has_landed()
+
+        self._aloft += 1
+        more = begin(answer, go_on)
+        if more is None:
+            return None
+        self._has_landed()
+        return self._finish(more, tell, unique)
+
+    async def _finish(self, more: _More, tell: Callable[[int, Any], None], unique: int) -> None:
         try:
-            count = await self._operations.write(handle, offset, data)
+            result = await more()
         except pyfuse3.FUSEError as error:
             self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
         else:
-            self._send(_WRITTEN.pack(_WRITTEN.size, 0, unique, count, 0))
+            tell(unique, result)
+
+    def _has_landed(self) -> None:
+        self._aloft -= 1
+        if not self._aloft and self._all_landed is not None:
+            self._all_landed.set()
 
     def _tell_capability(self, unique: int, node: int) -> bool:
         """Whether it is known: the kernel asks for it before every write that goes through its page cache."""
@@ -374,6 +416,13 @@ class Device:
         else:
             self._tell(unique, known)
         return True
+
+    def _tell_read(self, unique: int, data: bytes | None) -> None:
+        if data is not None:  # or else the kernel's thread has replied
+            self._tell(unique, data)
+
+    def _tell_written(self, unique: int, count: int) -> None:
+        self._send(_WRITTEN.pack(_WRITTEN.size, 0, unique, count, 0))
 
     async def _forget(self, nodes: Sequence[tuple[int, int]]) -> None:
         await self._operations.forget(nodes)  # nobody waits for an answer

@@ -1,10 +1,11 @@
-"""The life of a request, from its arrival to its answer, top to bottom in `Requests.run`.
+"""The life of a request, from its arrival to its answer: `begin_read`, `begin_write`, and `_live` for what has to wait.
 
-1. The data, the descriptor and the waiting live in the coroutine that pyfuse3 started for the request. Nothing is handed
-   to another task: timer and recovery only wake it.
+1. A healthy read or write has no task: `begin_read` and `begin_write` make its first attempt, and what that comes to answers it.
+   Where it fails, or must wait before it, one task has the data, the descriptor and the waiting from there to the answer
+   (`_live`). Nothing is handed to another one: timer and recovery only wake it.
 2. What becomes of it is decided in rehandle.py, in which order in ordering.py. This module keeps time, wakes, and sends
    events to their listeners.
-3. What a write, a read and an fsync have to do with the write log stands in `write`, `read` and `sync`: a write is in it
+3. What a write, a read and an fsync have to do with the write log stands there, and in `sync`: a write is in it
    before it is answered; a read gets what is in it; an fsync is answered when what was in it is stable (P3).
 4. An open(2) may never return (NFS 4, on soft mounts, too). So it is no part of an attempt: it is an `Opening`, which
    requests wait for and leave behind.
@@ -18,8 +19,9 @@ import functools
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import outcome
 import trio
 
 from iohang_fuse.engine import Abandoned, Engine, Transfer
@@ -31,12 +33,14 @@ from iohang_fuse.source import NotTheSame
 from iohang_fuse.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
     from iohang_fuse.backing import Backing
     from iohang_fuse.ordering import Fences
 
 T = TypeVar("T")
+More: TypeAlias = "Callable[[], Coroutine[Any, Any, T]]"
+"""What is left of a request's life, to be called and awaited."""
 log = logging.getLogger(__name__)
 
 _FAILURES_OF_THE_DEAD = 2
@@ -157,8 +161,9 @@ class Requests:
         """Up to *size* bytes at *offset*. Raises OSError when it was given up or its error is passed on."""
         data = self.read_at_once(handle, offset, size)
         if data is None:
-            data = await self.read_later(handle, offset, size)
-        assert data is not None  # without a reply
+            self.tally.reads += 1
+            request, step = handle.image.held.arrive(Op.READ, offset, size, self._now())
+            data = await self._go_on_reading(handle, request, step, 0)
         return data
 
     def read_at_once(self, handle: Handle, offset: int, size: int) -> bytes | None:
@@ -181,85 +186,176 @@ class Requests:
                 return cached
         return None
 
-    async def read_later(self, handle: Handle, offset: int, size: int, reply: Reply | None = None) -> bytes | None:
-        """The same by an attempt, which takes its time. None: the *reply* has been made."""
+    def begin_read(
+        self,
+        handle: Handle,
+        offset: int,
+        size: int,
+        reply: Reply | None,
+        answer: Callable[[bytes | None], object],
+        go_on: Callable[[More[bytes]], object],
+    ) -> More[bytes] | None:
+        """Begin a read that takes its time, without a task. Returns what is to be awaited for its answer, if anything is.
+
+        If nothing is, either *answer* is called with the bytes, or with None where the *reply* has been made; or *go_on* with what
+        is to be awaited: once, on the event loop, where there may be no task.
+        """
         image, backing, tally = handle.image, handle.backing, self.tally
+        held, written = image.held, image.log
         tally.reads += 1
-        written = image.log
-        work = Transfer(backing, offset, size)
-        request, step = image.held.arrive(Op.READ, offset, size, self._now())
-        begun = 0
-        if step is NOTHING and not backing.failures:  # most of them
-            try:
-                before, end_before = written.overlapping(offset, offset + size), written.end
-                if not before:
-                    work.reply = reply
-                begun = 1
-                failed, data = await self._attempt_plainly(handle, request, work)
-                work.reply = None
-                step = image.held.succeeded(request, self._now()) if failed is None else failed
-                if failed is None and request.answer is None:
-                    self._apply(image, step)
-                    if data is None:
-                        tally.bytes_read += size
-                        return None
-                    data = written.overlay(offset, size, data, before, end_before)
-                    tally.bytes_read += len(data)
-                    return data
-            except BaseException:
-                self._gone(image, request, begun)
-                raise
+        request, step = held.arrive(Op.READ, offset, size, self._now())
+        try:
+            if step is not NOTHING or backing.failures:
+                return functools.partial(self._go_on_reading, handle, request, step, 0)
+            # Most of them. The storage may have dropped what a failed writeback left in its cache; the log has it.
+            before, end_before = written.overlapping(offset, offset + size), written.end
+            work = Transfer(backing, offset, size)
+            if not before:
+                work.reply = reply
+        except Exception as error:  # noqa: BLE001 - a bug, for whoever asked
+            return functools.partial(self._raise, handle, request, error)
+
+        def landed(data: bytes | None) -> bool:
+            self._apply(image, held.succeeded(request, self._now()))
+            if request.answer is not None:  # it was given up
+                return False
+            if data is None:
+                tally.bytes_read += size
+            else:
+                data = written.overlay(offset, size, data, before, end_before)
+                tally.bytes_read += len(data)
+            answer(data)
+            return True
+
+        rest = functools.partial(self._go_on_reading, handle, request, NOTHING, 1)
+        self._take_off(handle, request, work, landed, rest, go_on)
+        return None
+
+    async def _go_on_reading(self, handle: Handle, request: Request, step: Step, begun: int) -> bytes:
+        """What is left of a read's life after *step*, and after so many attempts that were begun."""
+        offset, size, written = request.offset, request.length, handle.image.log
+        work = Transfer(handle.backing, offset, size)
 
         async def attempt(request: Request) -> bytes:
-            # The storage may have dropped what a failed writeback left in its cache; the log has it.
             before, end_before = written.overlapping(offset, offset + size), written.end
             data = await self._fly(handle, request, work)
             return written.overlay(offset, size, data, before, end_before)  # type: ignore[arg-type]
 
-        answer = await self._live(handle, request, step, attempt, begun)
-        tally.bytes_read += len(answer)
-        return answer
+        data = await self._live(handle, request, step, attempt, begun)
+        self.tally.bytes_read += len(data)
+        return data
 
     async def write(self, handle: Handle, offset: int, data: bytes) -> int:
         """Write all of *data* at *offset*. Raises OSError when it was given up or its error is passed on."""
+        self.tally.writes += 1
+        request, step = handle.image.held.arrive(Op.WRITE, offset, len(data), self._now())
+        return await self._go_on_writing(handle, request, step, 0, data)
+
+    def begin_write(
+        self,
+        handle: Handle,
+        offset: int,
+        data: bytes,
+        answer: Callable[[int], object],
+        go_on: Callable[[More[int]], object],
+    ) -> More[int] | None:
+        """The same for a write, as `begin_read`: *answer* is called with how many bytes were written, which is all of them."""
         image, backing, size = handle.image, handle.backing, len(data)
         held, end = image.held, offset + size
         self.tally.writes += 1
         request, step = held.arrive(Op.WRITE, offset, size, self._now())
-        begun = 0
-        if step is NOTHING and self._is_plain(image, backing):
-            # Most of them. All that `attempt` does beyond this needs a reason, of which `_is_plain` finds none.
-            try:
-                errors = image.log.errors
-                work = Transfer(backing, offset, size, data, image.set_id, end > image.size)
-                image.writes(request, offset, end)
-                begun = 1
-                try:
-                    failed, _ = await self._attempt_plainly(handle, request, work)
-                finally:
-                    image.writes_no_more(request)
-                if failed is None:
-                    self._written(handle, offset, data, errors)
-                    self._apply(image, held.succeeded(request, self._now()))
-                    return size
-                step = failed
-            except BaseException:
-                self._gone(image, request, begun)
-                raise
+        try:
+            if step is not NOTHING or not self._is_plain(image, backing):
+                return functools.partial(self._go_on_writing, handle, request, step, 0, data)
+            # Most of them. All that `_go_on_writing` does beyond this needs a reason, of which `_is_plain` finds none.
+            errors = image.log.errors
+            work = Transfer(backing, offset, size, data, image.set_id, end > image.size)
+        except Exception as error:  # noqa: BLE001 - a bug, for whoever asked
+            return functools.partial(self._raise, handle, request, error)
+
+        def landed(_count: int) -> bool:
+            self._written(handle, offset, data, errors)
+            self._apply(image, held.succeeded(request, self._now()))
+            answer(size)
+            return True
+
+        rest = functools.partial(self._go_on_writing, handle, request, NOTHING, 1, data)
+        self._take_off(handle, request, work, landed, rest, go_on)
+        return None
+
+    async def _go_on_writing(self, handle: Handle, request: Request, step: Step, begun: int, data: bytes) -> int:
+        """What is left of a write's life after *step*, and after so many attempts that were begun."""
+        image, backing, offset, size = handle.image, handle.backing, request.offset, len(data)
 
         async def attempt(request: Request) -> int:
             needs_witness = image.log.limit and not backing.stable
             if needs_witness and image.witness is None and not image.no_witness:
                 await self._have_witness(handle, request)
             errors, witnessed = image.log.errors, image.witness is not None
-            work = Transfer(backing, offset, size, data, image.set_id, end > image.size)
-            await self._fly_writing(handle, request, offset, end, work)
+            work = Transfer(backing, offset, size, data, image.set_id, offset + size > image.size)
+            await self._fly_writing(handle, request, offset, offset + size, work)
             if needs_witness and not witnessed:
                 image.log.doubt()
             self._written(handle, offset, data, errors)
             return size
 
         return await self._live(handle, request, step, attempt, begun)
+
+    def _take_off(
+        self,
+        handle: Handle,
+        request: Request,
+        work: Transfer,
+        landed: Callable[[Any], bool],
+        rest: More[Any],
+        go_on: Callable[[More[Any]], object],
+    ) -> None:
+        """Begin a first attempt. *landed* is called with its result; unless that answers the request, *rest* is left to do.
+
+        Every step is applied where it arises: between this and the task that goes on, others change the rehandle list.
+        """
+        image, backing = handle.image, handle.backing
+        held, writes = image.held, work.data is not None
+
+        def tell(result: outcome.Outcome[Any]) -> None:
+            request.wake = None
+            more = rest
+            try:
+                if writes:
+                    image.writes_no_more(request)
+                error = result.error if isinstance(result, outcome.Error) else None
+                if type(error) is not Abandoned:  # which goes on: `_late` will tell
+                    request.aloft = False
+                    handle.returned()
+                    if error is None:
+                        backing.failures = 0  # of others, meanwhile
+                        if landed(result.unwrap()):
+                            return
+                    elif isinstance(error, OSError):
+                        backing.failed(error)
+                        self._apply(image, self._failed(image, request, error))
+                    else:
+                        raise error
+            except Exception as bug:  # noqa: BLE001 - for whoever asked
+                more = functools.partial(self._raise, handle, request, bug)
+            go_on(more)
+
+        handle.in_use += 1
+        request.aloft = True
+        try:
+            if writes:
+                image.writes(request, work.offset, work.offset + work.size)
+            flight = self.engine.flight(
+                work, functools.partial(self._late, handle, request), calm=held.gate_open and not held.sick
+            )
+            request.wake = flight.abandon
+            flight.take_off(tell)
+        except Exception as error:  # noqa: BLE001 - it goes where those of the attempt go
+            tell(outcome.Error(error))
+
+    async def _raise(self, handle: Handle, request: Request, error: Exception) -> Any:
+        self._gone(handle.image, request, 1)
+        raise error
 
     def _is_plain(self, image: Image, backing: Backing) -> bool:
         """Whether a write whose turn has come has nothing to wait for, and nothing to do besides."""
@@ -503,18 +599,6 @@ class Requests:
         except BaseException:
             self._gone(image, request, begun)
             raise
-
-    async def _attempt_plainly(self, handle: Handle, request: Request, work: Transfer) -> tuple[Step | None, Any]:
-        """A first attempt, where nothing has failed before: None and its result, or what its failure led to."""
-        try:
-            result = await self._attempt(handle, request, work)
-        except Abandoned:
-            return Step(), None
-        except OSError as error:
-            handle.backing.failed(error)
-            return self._failed(handle.image, request, error), None
-        handle.backing.failures = 0  # of others, meanwhile
-        return None, result
 
     def _failed(self, image: Image, request: Request, error: OSError) -> Step:
         """An attempt has."""

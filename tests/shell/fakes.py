@@ -5,6 +5,7 @@ It has the interface and the manners of `iohang_fuse.engine.Flight`; test_engine
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from iohang_fuse.events import Event
     from iohang_fuse.rehandle import Policy, RehandleList
+    from iohang_fuse.requests import More
+    from iohang_fuse.ring import Reply
 
 T = TypeVar("T")
 
@@ -60,20 +63,24 @@ class FakeFlight(Generic[T]):
         self._sky = sky
         self._work = work
         self._on_late_return = on_late_return
-        self._task: trio.lowlevel.Task | None = None
+        self._tell: Callable[[outcome.Outcome[T]], object] | None = None
 
     async def land(self) -> T:
         """Raises what *work* raised, or `Abandoned`."""
-        self._task = trio.lowlevel.current_task()
-        self._sky.nursery.start_soon(self._fly)
+        self.take_off(functools.partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
         result: T = await trio.lowlevel.wait_task_rescheduled(self._abort)
         return result
 
+    def take_off(self, tell: Callable[[outcome.Outcome[T]], object]) -> None:
+        """The same without a coroutine."""
+        self._tell = tell
+        self._sky.nursery.start_soon(self._fly)
+
     def abandon(self) -> None:
-        """Wake the waiting coroutine with `Abandoned`; the flight goes on, and its result is dropped."""
-        if self._task is not None:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task, outcome.Error(Abandoned()))
+        """Tell whoever waits `Abandoned`; the flight goes on, and its result is dropped."""
+        if self._tell is not None:
+            tell, self._tell = self._tell, None
+            tell(outcome.Error(Abandoned()))
 
     async def _fly(self) -> None:
         sky = self._sky
@@ -83,15 +90,15 @@ class FakeFlight(Generic[T]):
         await sky.fly()
         sky.aloft -= 1
         result = outcome.capture(self._work)
-        if self._task is None:
+        if self._tell is None:
             self._on_late_return()
         else:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task, result)
+            tell, self._tell = self._tell, None
+            tell(result)
         sky.after_landing()
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        self._task = None
+        self._tell = None
         return trio.lowlevel.Abort.SUCCEEDED
 
 
@@ -145,6 +152,42 @@ class FakeBacking(Backing):
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class BegunRequests(Requests):
+    """Whose reads and writes begin without a task, as the receiver's do, and are awaited."""
+
+    async def read(self, handle: Handle, offset: int, size: int) -> bytes:
+        """As `Requests.read`."""
+        data = self.read_at_once(handle, offset, size)
+        if data is None:
+            data = await self.read_later(handle, offset, size)
+        assert data is not None  # without a reply
+        return data
+
+    async def read_later(self, handle: Handle, offset: int, size: int, reply: Reply | None = None) -> bytes | None:
+        """None: the *reply* has been made."""
+        return await _begun(functools.partial(self.begin_read, handle, offset, size, reply))
+
+    async def write(self, handle: Handle, offset: int, data: bytes) -> int:
+        """As `Requests.write`."""
+        return await _begun(functools.partial(self.begin_write, handle, offset, data))
+
+
+async def _begun(begin: Callable[[Callable[[T], object], Callable[[More[T]], object]], More[T] | None]) -> T:
+    told: list[tuple[bool, object]] = []
+    has_landed = trio.Event()
+
+    def tell(is_answer: bool, what: object) -> None:  # noqa: FBT001
+        told.append((is_answer, what))
+        has_landed.set()
+
+    more = begin(functools.partial(tell, True), functools.partial(tell, False))  # noqa: FBT003
+    if more is not None:
+        return await more()
+    await has_landed.wait()
+    ((is_answer, what),) = told
+    return what if is_answer else await what()  # type: ignore[return-value, operator]
 
 
 @dataclass
@@ -209,7 +252,7 @@ class Shell:
         events: list[Event] = []
         storage = Storage()
         sky = Sky(nursery)
-        requests = Requests(policy, held_limit, [events.append], engine=sky)  # type: ignore[arg-type]
+        requests = BegunRequests(policy, held_limit, [events.append], engine=sky)  # type: ignore[arg-type]
         handle = requests.opened(7, "disk.img", FakeBacking(storage), flags)
         nursery.start_soon(requests.serve, nursery)
         requests._nursery = nursery  # a test's first request comes before `serve` runs

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import random
@@ -33,8 +34,8 @@ from iohang_fuse.backing import Backing
 from iohang_fuse.engine import Abandoned
 from iohang_fuse.events import Op
 from iohang_fuse.rehandle import Policy
-from iohang_fuse.requests import Requests
 from iohang_fuse.source import SERVER, Opened, Where
+from tests.shell.fakes import BegunRequests
 from tests.shell.kernel import Disk, Fault, Kernel
 
 if TYPE_CHECKING:
@@ -271,19 +272,22 @@ class Flight:
         self._sky = sky
         self._work = work
         self._late = late
-        self._task: trio.lowlevel.Task | None = None
+        self._tell: Callable[[outcome.Outcome[object]], object] | None = None
         self._result: outcome.Outcome[object] | None = None
 
     async def land(self) -> object:
-        self._task = trio.lowlevel.current_task()
-        self._sky.pending.append(self)
-        self._sky.nursery.start_soon(self._fly)
+        self.take_off(functools.partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
         return await trio.lowlevel.wait_task_rescheduled(self._abort)
 
+    def take_off(self, tell: Callable[[outcome.Outcome[object]], object]) -> None:
+        self._tell = tell
+        self._sky.pending.append(self)
+        self._sky.nursery.start_soon(self._fly)
+
     def abandon(self) -> None:
-        if self._task is not None:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task, outcome_of(Abandoned()))
+        if self._tell is not None:
+            tell, self._tell = self._tell, None
+            tell(outcome_of(Abandoned()))
 
     def perform(self) -> None:
         """Do the work, unless it was done while another was inside a system call."""
@@ -303,14 +307,14 @@ class Flight:
             self.perform()
         if after_s:
             await trio.sleep(after_s)
-        if self._task is None:
+        if self._tell is None:
             self._late()
         else:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task, self._result)
+            tell, self._tell = self._tell, None
+            tell(self._result)
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        self._task = None
+        self._tell = None
         return trio.lowlevel.Abort.SUCCEEDED
 
 
@@ -496,7 +500,7 @@ class Simulation:
                 self.sky = Sky(flying, self._takes_s)
                 self._connect()
                 self.nursery = nursery
-                self.requests = Requests(
+                self.requests = BegunRequests(
                     self.set.policy, self.set.held_limit, [self._event], write_log=self.set.write_log, engine=self.sky
                 )
                 async with trio.open_nursery() as serving:

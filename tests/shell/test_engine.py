@@ -647,6 +647,23 @@ async def test_a_bug_costs_one_request(
     backing.close()
 
 
+async def test_a_bug_in_what_a_thread_s_result_leads_to_costs_one_request(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P11: the others' results are told of all the same."""
+    engine = Engine()
+    nursery.start_soon(engine.serve)
+
+    def bug(_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    engine.flight(int, int).take_off(bug)
+    with trio.fail_after(20):
+        while "planted" not in caplog.text:  # noqa: ASYNC110 - of a thread's doing
+            await trio.sleep(0.001)
+        assert await engine.flight(int, int).land() == 0
+
+
 def test_without_io_uring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue: "`threads` where io_uring is not to be had"; who asks for uring by name is told why not."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import random
@@ -48,30 +49,50 @@ class Operations:
         self.forgotten: list[tuple[int, int]] = []
         self.error = 0
         self.capability: bytes | int | None = None
+        # Of what no task waits for, by the read's number or the write's offset: answer, go_on, and the reply or the data.
+        self.begun: dict[int, tuple[Any, Any, tuple[int, bytes]]] | None = None
 
     def note(self, what: str, request: int) -> None:
         self.did.append((what, request, self.rounds.count))
         self.tasks.append(id(trio.lowlevel.current_task()))
 
     def read_at_once(self, request: int, _offset: int, size: int) -> bytes | None:
-        if self.handle is not None:
+        if self.handle is not None or self.begun is not None:
             return None
         self.note("take", request)
         self.note("answer", request)
         return b"x" * size
 
-    async def read_later(self, request: int, _offset: int, size: int, _reply: object) -> bytes | None:
-        assert self.handle is not None
-        self.note("take", request)
-        await self.handle(request)
-        self.note("answer", request)
-        return b"x" * size
+    def begin_read(
+        self, request: int, _offset: int, size: int, reply: tuple[int, bytes], answer: Callable[[Any], Any], go_on: Any
+    ) -> Callable[[], Awaitable[bytes]] | None:
+        if self.begun is not None:
+            self.begun[request] = answer, go_on, reply
+            return None
 
-    async def write(self, handle: int, offset: int, data: bytes) -> int:
-        if self.error:
-            raise pyfuse3.FUSEError(self.error)
-        self.written.append((handle, offset, data))
-        return len(data)
+        async def read() -> bytes:
+            assert self.handle is not None
+            self.note("take", request)
+            await self.handle(request)
+            self.note("answer", request)
+            return b"x" * size
+
+        return read
+
+    def begin_write(
+        self, handle: int, offset: int, data: bytes, answer: Callable[[Any], Any], go_on: Any
+    ) -> Callable[[], Awaitable[int]] | None:
+        if self.begun is not None:
+            self.begun[offset] = answer, go_on, (-1, data)
+            return None
+
+        async def write() -> int:
+            if self.error:
+                raise pyfuse3.FUSEError(self.error)
+            self.written.append((handle, offset, data))
+            return len(data)
+
+        return write
 
     def known_capability(self, node: int) -> bytes | int | None:
         return self.capability if node == 1 else None
@@ -391,6 +412,97 @@ async def test_all_others_are_pyfuse3s(monkeypatch: pytest.MonkeyPatch) -> None:
             await kernel.answered(*wanted)
         assert {unique: kernel.answers[unique] for unique in wanted} == wanted
     assert sorted(kernel.for_pyfuse3) == sorted(sent)
+
+
+async def begun(kernel: Kernel, *keys: int) -> None:
+    """Until *keys* are."""
+    with trio.fail_after(20):
+        while not (kernel.operations.begun or {}).keys() >= {*keys}:  # noqa: ASYNC110 - it is the device's doing
+            await trio.sleep(0.001)
+
+
+async def test_what_no_task_waits_for_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order, each with its own; and not a second time where the reply has been made."""
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.begun = table = {}
+        kernel.ask(1, 2, 3, size=4)
+        kernel.write(4, 400, b"data")
+        await begun(kernel, 1, 2, 3, 400)
+        for request in (1, 2, 3):
+            fd, head = table[request][2]
+            assert head == struct.pack("=IiQ", 16 + 4, 0, request)
+            assert fd == kernel.device._reply_fd
+        table[400][0](4)
+        table[3][0](b"yyyy")
+        table[2][0](None)
+        table[1][0](b"xx")
+        await kernel.answered(1, 3, 4)
+        assert kernel.answers == {1: (0, b"xx"), 3: (0, b"yyyy"), 4: (0, struct.pack("=II", 4, 0))}
+
+
+async def test_what_is_left_to_do_is_done_by_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first attempt has failed, for example. What comes of it is answered, errors included."""
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.begun = table = {}
+
+        async def done(what: object) -> object:
+            await trio.sleep(0.01)
+            if isinstance(what, int) and what < 0:
+                raise pyfuse3.FUSEError(-what)
+            return what
+
+        kernel.ask(1, 2, size=4)
+        kernel.write(3, 300, b"data")
+        kernel.write(4, 400, b"data")
+        await begun(kernel, 1, 2, 300, 400)
+        for key, what in {1: b"xxxx", 2: -errno.EIO, 300: 4, 400: -errno.ESTALE}.items():
+            table[key][1](functools.partial(done, what))
+        await kernel.answered(1, 2, 3, 4)
+        assert kernel.answers == {
+            1: (0, b"xxxx"), 2: (-errno.EIO, b""), 3: (0, struct.pack("=II", 4, 0)), 4: (-errno.ESTALE, b""),
+        }  # fmt: skip
+
+
+async def test_the_end_waits_for_what_no_task_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P8: what was taken is answered."""
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.begun = table = {}
+        kernel.ask(1, 2, size=4)
+        await begun(kernel, 1, 2)
+        kernel.device.terminated(kernel.fuse)
+        await trio.sleep(0.05)
+        table[1][0](b"xxxx")
+        await trio.sleep(0.05)
+
+        async def done() -> bytes:
+            await trio.sleep(0.05)
+            return b"yyyy"
+
+        table[2][1](done)
+        await kernel.answered(1, 2)
+        assert kernel.answers == {1: (0, b"xxxx"), 2: (0, b"yyyy")}
+
+
+async def test_a_bug_in_answering_does_not_keep_the_end_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P8, P11: what a request without a task was to be answered with is no bytes; who asked is told, and the server ends."""
+
+    async def eio() -> bytes:
+        raise pyfuse3.FUSEError(errno.EIO)
+
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.begun = table = {}
+        kernel.ask(1, 2, size=4)
+        await begun(kernel, 1, 2)
+        answer, go_on, _ = table[1]
+        with pytest.raises(TypeError):
+            answer(7)
+        go_on(eio)
+        await kernel.answered(1)
+        kernel.device.terminated(kernel.fuse)
+        await trio.sleep(0.05)
+        table[2][0](b"xxxx")
+        await kernel.answered(2)
+        assert kernel.answers == {1: (-errno.EIO, b""), 2: (0, b"xxxx")}
 
 
 async def test_a_capability_that_is_known_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

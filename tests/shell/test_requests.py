@@ -12,21 +12,22 @@ import os
 import random
 import socket
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import outcome
 import pytest
 import trio
+import trio.testing
 
 from iohang_fuse.backing import Backing
 from iohang_fuse.commands import About, Commands
-from iohang_fuse.engine import Engine
+from iohang_fuse.engine import Abandoned, Engine
 from iohang_fuse.events import HangBegan, HangEnded, Op, TimedOut
 from iohang_fuse.images import Image
 from iohang_fuse.rehandle import HeldBytes
-from iohang_fuse.requests import Requests
 from iohang_fuse.source import SERVER, Opened
 from tests.core.world import policy
-from tests.shell.fakes import FakeBacking, Shell, Storage
+from tests.shell.fakes import BegunRequests, FakeBacking, Shell, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -678,7 +679,7 @@ async def test_what_the_write_log_has_is_not_replied_by_the_kernel(nursery: trio
     backing = Backing(
         Opened(os.open(path, os.O_RDWR), os.O_RDWR, stable=False, ring_reads=True, ring_writes=True), SERVER
     )
-    requests = Requests(policy(), 1 << 30, [], write_log=1 << 20, engine=Engine("uring"))
+    requests = BegunRequests(policy(), 1 << 30, [], write_log=1 << 20, engine=Engine("uring"))
     nursery.start_soon(requests.serve, nursery)
     handle = requests.opened(7, "disk.img", backing, os.O_RDWR)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -697,3 +698,135 @@ async def test_what_the_write_log_has_is_not_replied_by_the_kernel(nursery: trio
     backing.close()
     near.close()
     far.close()
+
+
+class _Held:
+    """In place of a flight: one that lands when the test says so, with what the test says."""
+
+    up: ClassVar[list[_Held]] = []
+
+    def __init__(self, _sky: object, work: Any, on_late_return: Callable[[], None]) -> None:
+        self.work = work
+        self._on_late_return = on_late_return
+        self._tell: Callable[[outcome.Outcome[Any]], object] | None = None
+
+    def take_off(self, tell: Callable[[outcome.Outcome[Any]], object]) -> None:
+        self._tell = tell
+        self.up.append(self)
+
+    async def land(self) -> Any:
+        self.take_off(functools.partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
+        return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+
+    def abandon(self) -> None:
+        if self._tell is not None:
+            tell, self._tell = self._tell, None
+            tell(outcome.Error(Abandoned()))
+
+    def arrive(self, result: outcome.Outcome[Any]) -> None:
+        self.up.remove(self)
+        if self._tell is None:
+            self._on_late_return()
+        else:
+            tell, self._tell = self._tell, None
+            tell(result)
+
+
+@pytest.fixture
+def held_flights(monkeypatch: pytest.MonkeyPatch) -> list[_Held]:
+    """Those that are under way: each lands when the test says so."""
+    monkeypatch.setattr("tests.shell.fakes.FakeFlight", _Held)
+    monkeypatch.setattr(_Held, "up", [])
+    return _Held.up
+
+
+def _ignore(*_: object) -> None:
+    """Nobody is interested in the answer."""
+
+
+@pytest.mark.parametrize("retried_by", ["operator", "tick"])
+async def test_no_write_is_abandoned_by_another_s_failure(
+    nursery: trio.Nursery, autojump_clock: MockClock, held_flights: list[_Held], retried_by: str
+) -> None:
+    """P5: no write is under way twice. Two first attempts fail in one round of the loop; the first one's is sent again between."""
+    shell = Shell.on(nursery, policy(recovery_gate=1))
+    left = []
+    for at in (0, 8192):
+        shell.requests.begin_write(shell.handle, at, bytes(4096), _ignore, left.append)
+    first, second = held_flights
+    shell.handle.backing.renewed_s = trio.current_time()  # it is not to be opened anew
+    second.arrive(outcome.Error(OSError(errno.EIO, "failed")))
+    if retried_by == "operator":
+        shell.requests.retry(shell.handle.image)
+    else:
+        shell.held._tick_s = trio.current_time()
+        shell.requests._tick(shell.handle.image)
+    first.arrive(outcome.Error(OSError(errno.EIO, "failed")))
+    for more in left:
+        nursery.start_soon(more)
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(left) == 2
+    assert len(held_flights) == shell.held.in_flight == shell.handle.in_use == 1
+
+
+async def test_a_hang_begins_before_it_is_ended(
+    nursery: trio.Nursery, autojump_clock: MockClock, held_flights: list[_Held]
+) -> None:
+    """P9: an operator's io-hang-fail comes in the same round of the loop as the first failure."""
+    shell = Shell.on(nursery, policy())
+    left = []
+    shell.requests.begin_read(shell.handle, 0, 4096, None, _ignore, left.append)
+    held_flights[0].arrive(outcome.Error(OSError(errno.EIO, "failed")))
+    shell.requests.fail(shell.handle.image)
+    (more,) = left
+    with pytest.raises(OSError, match="Input/output") as caught:
+        await more()
+    assert caught.value.errno == errno.EIO
+    assert [type(event) for event in shell.events].index(HangBegan) == 0
+    assert HangEnded in [type(event) for event in shell.events]
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
+@pytest.mark.parametrize("where", ["Transfer", "Sky.flight", "_Held.take_off", "the result"])
+async def test_a_bug_in_a_first_attempt_costs_one_request(
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    held_flights: list[_Held],
+    op: Op,
+    where: str,
+) -> None:
+    """P11: and it leaves nothing behind."""
+    shell = Shell.on(nursery, policy())
+    answers: list[object] = []
+    left = []
+
+    def begin() -> Any:
+        if op is Op.READ:
+            return shell.requests.begin_read(shell.handle, 0, 4096, None, answers.append, left.append)
+        return shell.requests.begin_write(shell.handle, 0, bytes(4096), answers.append, left.append)
+
+    def bug(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        if where == "Transfer":
+            patch.setattr("iohang_fuse.requests.Transfer", bug)
+        elif where == "Sky.flight":
+            patch.setattr(shell.sky, "flight", bug)
+        elif where == "_Held.take_off":
+            patch.setattr(_Held, "take_off", bug)
+        more = begin()
+        if where == "the result":
+            held_flights[0].arrive(outcome.Error(ZeroDivisionError()))
+    if more is None:
+        (more,) = left
+    with pytest.raises(ZeroDivisionError):
+        await more()
+    assert answers == []
+    assert (shell.held.in_flight, shell.handle.in_use, shell.handle.image.writing) == (0, 0, {})
+    left.clear()
+    assert begin() is None
+    held_flights[0].arrive(outcome.Value(bytes(4096) if op is Op.READ else 4096))
+    assert answers == [bytes(4096) if op is Op.READ else 4096]
+    assert (left, shell.handle.in_use) == ([], 0)

@@ -20,11 +20,11 @@ from iohang_fuse.events import Op
 from iohang_fuse.images import Handle, Image
 from iohang_fuse.ordering import Ordering
 from iohang_fuse.rehandle import RehandleList
-from iohang_fuse.requests import Requests
 from iohang_fuse.source import SERVER, Opened, Where
 from iohang_fuse.writelog import WriteLog
 from tests.core.world import policy
 from tests.shell import simulation
+from tests.shell.fakes import BegunRequests
 from tests.shell.kernel import PAGE, Disk, Fault, Kernel
 from tests.shell.simulation import NAME, Failed, Sky, patch_engine
 
@@ -171,7 +171,7 @@ class Bench:
         self.flights_s: list[tuple[float, float]] = []  # of the next ones; then they take no time
         self.sky = Sky(nursery, lambda: self.flights_s.pop(0) if self.flights_s else (0.0, 0.0))
         patch_engine(patch, self.kernel)
-        self.requests = Requests(given, 1 << 20, [], write_log=write_log, engine=self.sky)
+        self.requests = BegunRequests(given, 1 << 20, [], write_log=write_log, engine=self.sky)
         nursery.start_soon(self.requests.serve, nursery)
         self.requests._nursery = nursery  # a test's first request comes before `serve` runs
         self.nursery = nursery
