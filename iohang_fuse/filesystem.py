@@ -82,16 +82,15 @@ def _translated(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Cor
 
 
 def _begun(
-    begin: Callable[[Callable[[More[T]], object]], More[T] | None],
+    begin: Callable[[Callable[[More[T]], object]], None],
     go_on: Callable[[More[T]], object],
     finish: Callable[[More[T]], Coroutine[Any, Any, T]],
-) -> More[T] | None:
+) -> None:
     """The same for what has no task: what *begin* raises and what is left to do are both for whoever awaits *finish*."""
     try:
-        more = begin(lambda more: go_on(functools.partial(finish, more)))
+        begin(lambda more: go_on(functools.partial(finish, more)))
     except Exception as error:  # noqa: BLE001 - for whoever asked
-        more = functools.partial(_raised, error)
-    return None if more is None else functools.partial(finish, more)
+        go_on(functools.partial(finish, functools.partial(_raised, error)))
 
 
 @_translated
@@ -768,13 +767,13 @@ class Filesystem(pyfuse3.Operations):
         reply: Reply,
         answer: Callable[[bytes | None], object],
         go_on: Callable[[More[bytes]], object],
-    ) -> More[bytes] | None:
+    ) -> None:
         """For the device: what `read` answers, where that takes its time; see `Requests.begin_read`. To await raises FUSEError."""
 
-        def begin(go_on: Callable[[More[bytes]], object]) -> More[bytes] | None:
-            return self._requests.begin_read(self._to_read(fh, off, size), off, size, reply, answer, go_on)
+        def begin(go_on: Callable[[More[bytes]], object]) -> None:
+            self._requests.begin_read(self._to_read(fh, off, size), off, size, reply, answer, go_on)
 
-        return _begun(begin, go_on, _finish_read)
+        _begun(begin, go_on, _finish_read)
 
     @_translated
     def read(self, fh: int, off: int, size: int) -> Coroutine[Any, Any, bytes]:
@@ -794,13 +793,13 @@ class Filesystem(pyfuse3.Operations):
 
     def begin_write(
         self, fh: int, off: int, buf: bytes, answer: Callable[[int], object], go_on: Callable[[More[int]], object]
-    ) -> More[int] | None:
+    ) -> None:
         """For the device: `write`; see `Requests.begin_write`. To await raises FUSEError."""
 
-        def begin(go_on: Callable[[More[int]], object]) -> More[int] | None:
-            return self._requests.begin_write(self._requests.handles[fh], off, buf, answer, go_on)
+        def begin(go_on: Callable[[More[int]], object]) -> None:
+            self._requests.begin_write(self._requests.handles[fh], off, buf, answer, go_on)
 
-        return _begun(begin, go_on, _finish_write)
+        _begun(begin, go_on, _finish_write)
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature

@@ -57,7 +57,7 @@ from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -359,11 +359,13 @@ class CachingFilesystem(Filesystem):
     def known_capability(self, _inode: int) -> bytes | int | None:
         return None  # rules come first
 
-    def begin_read(self, fh: int, off: int, size: int, *_: object) -> Callable[[], Coroutine[Any, Any, bytes]]:
-        return functools.partial(self.read, fh, off, size)
+    def begin_read(
+        self, fh: int, off: int, size: int, _reply: object, _answer: object, go_on: Callable[[Any], Any]
+    ) -> None:
+        go_on(functools.partial(self.read, fh, off, size))
 
-    def begin_write(self, fh: int, off: int, buf: bytes, *_: object) -> Callable[[], Coroutine[Any, Any, int]]:
-        return functools.partial(self.write, fh, off, buf)
+    def begin_write(self, fh: int, off: int, buf: bytes, _answer: object, go_on: Callable[[Any], Any]) -> None:
+        go_on(functools.partial(self.write, fh, off, buf))
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._cached.get(fh)

@@ -6,15 +6,12 @@
    descriptor on which a read gives it one request: there is never more than one in it at a time.
 3. pyfuse3 finds what it waits with in its global `trio`. pyfuse3.asyncio replaces that in the same way: nothing of pyfuse3 is
    changed.
-4. Who has answered a request goes on with the next, as long as there is one: a round of trio's loop for each costs more than all
-   the rest of a small one. After some in a row trio has its turn all the same: answers, timers and signals do not wait for a busy
-   guest (P7).
-5. A healthy read or write has no task: what brings its attempt back answers it (`Device._begin`), and who has taken it goes on with
-   the next. One that has failed, or must wait, goes on in a task.
-6. What is done in one round of the loop is answered before anything new is taken: a guest is woken once for all of it, and
-   waking a processor that sleeps costs more than an answer. And while more requests wait that need tasks, several tasks take them
-   in one round: each sleeps until its request is done, and what a round costs is shared by all that it takes.
-7. The numbers and structures are those of linux/fuse.h, which are the same on all architectures, and never change.
+4. One task takes all requests, as long as there are any: a round of trio's loop for each costs more than all the rest of a small
+   one. After some in a row trio has its turn all the same: answers, timers and signals do not wait for a busy guest (P7).
+5. A healthy read or write has no task: what brings its attempt back answers it (`Device._begin`). What io_uring has done is
+   answered before anything new is taken in that round: a guest is woken once for all of it, and waking a processor that sleeps
+   costs more than an answer. What has failed, or must wait, goes on in a task of its own.
+6. The numbers and structures are those of linux/fuse.h, which are the same on all architectures, and never change.
 """
 
 from __future__ import annotations
@@ -72,13 +69,6 @@ LARGE_BYTES = 64 << 10
 IN_A_ROW = 16
 """Requests between two rounds of trio's loop: 16 reads of 1 MiB from the page cache take some 3 ms."""
 
-CALLED = 8
-"""Tasks that are called at once while requests wait that need one. When each write did, 8 made more of the workload 4k-write-16 of
-contrib/benchmark than 4, and 4 more than 1. Who is called for nothing costs time."""
-
-IDLE = 64
-"""Tasks kept: below that, each burst of requests creates and ends them again."""
-
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 
 _SOCKET_BYTES = 256 << 10
@@ -101,54 +91,11 @@ _memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c
 _WRITABLE = 0x200  # PyBUF_WRITE
 
 
-class Turnstile:
-    """Who leaves may enter again at once, and calls others who wait, in case that he does not.
-
-    Of those who wait the latest is called first: the fewest tasks stay in use.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._taken = False
-        self._latest: trio.lowlevel.Task | None = None
-        self._called = 0  # who were called, and have not run since
-        self.waiting: list[trio.lowlevel.Task] = []
-
-    async def __aenter__(self) -> None:
-        task = trio.lowlevel.current_task()
-        slept = task is not self._latest
-        if slept and not self._taken:  # he has just answered; so may others, who come first
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        while self._taken:
-            await self._wait(task)
-        self._taken = True
-        self._latest = task
-        self._device.slept = slept
-
-    async def __aexit__(self, *_: object) -> None:
-        self._taken = False
-        while self.waiting and self._called < self._device.wanted:
-            self._called += 1
-            trio.lowlevel.reschedule(self.waiting.pop())
-
-    async def _wait(self, task: trio.lowlevel.Task) -> None:
-        self.waiting.append(task)
-
-        def abort(_raise_cancel: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
-            self.waiting.remove(task)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
-        self._called -= 1
-
-
 class Device:
     """/dev/fuse of one mount."""
 
     def __init__(self) -> None:
         self.in_a_row = 0
-        self.wanted = 1  # so many tasks to take requests at once
-        self.slept = False  # whether who takes the next one has slept since the one before
         self._operations: Any = None
         self._nursery: trio.Nursery | None = None
         self._fd = self._reply_fd = -1
@@ -156,7 +103,6 @@ class Device:
         self._over = False
         self._aloft = 0  # requests that no task waits for
         self._all_landed: trio.Event | None = None
-        self._turnstile = Turnstile(self)
         self._header = bytearray(_REQUEST.size)
         self._large = b""  # where the next request's data is received if it is as large as that
         self._rest = memoryview(mmap.mmap(-1, _LARGEST_BYTES))
@@ -227,66 +173,49 @@ class Device:
             self._over = True
             if self._end is not None:
                 trio.lowlevel.notify_closing(self._fd)
-            for tasks in (self._turnstile.waiting, self._takers):
-                for task in tasks:
-                    trio.lowlevel.reschedule(task)
-                tasks.clear()
+            for task in self._takers:
+                trio.lowlevel.reschedule(task)
+            self._takers.clear()
 
     async def _take(self) -> None:
-        """One of our tasks: takes requests, answers what it can at once, and goes with the first that it cannot."""
-        turnstile = self._turnstile
-        assert self._nursery is not None
-        while len(turnstile.waiting) <= IDLE:
-            async with turnstile:
-                work = await self._next()
-            if work is None:
-                return
-            if not turnstile.waiting:
-                self._nursery.start_soon(self._take)
-            await work
-
-    async def _next(self) -> Coroutine[Any, Any, None] | None:
-        """The next request's answer, to be awaited; None if there will be none."""
+        """Our task: takes all requests, and answers at once what can be."""
         while not self._over:
             try:
                 length = await self._receive()
             except trio.ClosedResourceError:
-                return None
+                return
             except OSError as error:
                 if error.errno in {errno.ENOENT, errno.EFAULT, errno.ENOMEM}:
                     continue  # it was given up before we had it; for want of memory the kernel has answered EIO
                 if error.errno != errno.ENODEV:
                     raise
                 self._stop()  # unmounted
-                return None
-            work = self._answer(length)
-            if work is not None:
-                return work
-        return None
+                return
+            self._answer(length)
 
-    def _answer(self, length: int) -> Coroutine[Any, Any, None] | None:
-        """Answer the request in the buffers, or return what will. None: there is nothing left to do."""
+    def _answer(self, length: int) -> None:
+        """Answer the request in the buffers, or begin what will."""
         _, opcode, unique, node, _, _, _, _, handle, offset, size, _, _, _, _ = _REQUEST.unpack_from(self._header)
         if opcode == _READ:
             data = self._read_at_once(handle, offset, size)
             if data is None:
-                return self._begin_read(unique, handle, offset, size)
-            self._tell(unique, data)
+                self._begin_read(unique, handle, offset, size)
+            else:
+                self._tell(unique, data)
         elif opcode == _WRITE:
-            return self._begin_write(unique, handle, offset, self._data(size))
+            self._begin_write(unique, handle, offset, self._data(size))
         elif opcode == _FORGET:
-            return self._forget([(node, handle)])
+            self._forget([(node, handle)])
         elif opcode == _BATCH_FORGET:
             message = self._message(length)
             (count,) = _COUNT.unpack_from(message, _HEADER_BYTES)
             at = _HEADER_BYTES + 8
-            return self._forget([*_FORGOTTEN.iter_unpack(message[at : at + count * _FORGOTTEN.size])])
+            self._forget([*_FORGOTTEN.iter_unpack(message[at : at + count * _FORGOTTEN.size])])
         elif opcode == _GETXATTR and self._header[_NAME_AT:length] == _CAPABILITY:
             if not self._tell_capability(unique, node):
                 self._forward(length)
         elif opcode != _INTERRUPT:  # which changes nothing: pyfuse3 has no way to tell anybody
             self._forward(length)
-        return None
 
     def _forward(self, length: int) -> None:
         """Have pyfuse3 answer the request in the buffers."""
@@ -299,16 +228,10 @@ class Device:
         self.in_a_row += 1
         if self.in_a_row < IN_A_ROW:
             try:
-                length = os.readv(self._fd, self._buffers)
+                return os.readv(self._fd, self._buffers)
             except BlockingIOError:
                 pass
-            else:
-                # He has slept, and meanwhile nobody has taken it: more should.
-                self.wanted = min(self.wanted + 1, CALLED) if self.slept else 1
-                self.slept = False
-                return length
         self.in_a_row = 0
-        self.wanted = max(self.wanted - 1, 1)
         while True:
             await trio.lowlevel.wait_readable(self._fd)
             if self._over:  # while this task was being woken
@@ -355,22 +278,22 @@ class Device:
             return None
         return data
 
-    def _begin_read(self, unique: int, handle: int, offset: int, size: int) -> Coroutine[Any, Any, None] | None:
+    def _begin_read(self, unique: int, handle: int, offset: int, size: int) -> None:
         reply = self._reply_fd, _ANSWER.pack(_ANSWER.size + size, 0, unique)
         begin = functools.partial(self._operations.begin_read, handle, offset, size, reply)
-        return self._begin(begin, self._tell_read, unique)
+        self._begin(begin, self._tell_read, unique)
 
-    def _begin_write(self, unique: int, handle: int, offset: int, data: bytes) -> Coroutine[Any, Any, None] | None:
+    def _begin_write(self, unique: int, handle: int, offset: int, data: bytes) -> None:
         begin = functools.partial(self._operations.begin_write, handle, offset, data)
-        return self._begin(begin, self._tell_written, unique)
+        self._begin(begin, self._tell_written, unique)
 
     def _begin(
         self,
-        begin: Callable[[Callable[[Any], None], Callable[[_More], None]], _More | None],
+        begin: Callable[[Callable[[Any], None], Callable[[_More], None]], None],
         tell: Callable[[int, Any], None],
         unique: int,
-    ) -> Coroutine[Any, Any, None] | None:
-        """Return what is to be awaited, if anything is. Until *begin* has called one of the two, no task waits for the request."""
+    ) -> None:
+        """Until *begin* has called one of the two, no task waits for the request."""
 
         def answer(result: Any) -> None:
             tell(unique, result)
@@ -382,11 +305,7 @@ class Device:
             self._has_landed()
 
         self._aloft += 1
-        more = begin(answer, go_on)
-        if more is None:
-            return None
-        self._has_landed()
-        return self._finish(more, tell, unique)
+        begin(answer, go_on)
 
     async def _finish(self, more: _More, tell: Callable[[int, Any], None], unique: int) -> None:
         try:
@@ -424,8 +343,9 @@ class Device:
     def _tell_written(self, unique: int, count: int) -> None:
         self._send(_WRITTEN.pack(_WRITTEN.size, 0, unique, count, 0))
 
-    async def _forget(self, nodes: Sequence[tuple[int, int]]) -> None:
-        await self._operations.forget(nodes)  # nobody waits for an answer
+    def _forget(self, nodes: Sequence[tuple[int, int]]) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._operations.forget, nodes)  # nobody waits for an answer
 
     def _tell(self, unique: int, data: bytes) -> None:
         try:

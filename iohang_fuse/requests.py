@@ -194,11 +194,11 @@ class Requests:
         reply: Reply | None,
         answer: Callable[[bytes | None], object],
         go_on: Callable[[More[bytes]], object],
-    ) -> More[bytes] | None:
-        """Begin a read that takes its time, without a task. Returns what is to be awaited for its answer, if anything is.
+    ) -> None:
+        """Begin a read that takes its time, without a task.
 
-        If nothing is, either *answer* is called with the bytes, or with None where the *reply* has been made; or *go_on* with what
-        is to be awaited: once, on the event loop, where there may be no task.
+        Now or later, either *answer* is called with the bytes, or with None where the *reply* has been made; or *go_on* with what
+        is to be awaited for them: once, on the event loop, where there may be no task.
         """
         image, backing, tally = handle.image, handle.backing, self.tally
         held, written = image.held, image.log
@@ -206,14 +206,16 @@ class Requests:
         request, step = held.arrive(Op.READ, offset, size, self._now())
         try:
             if step is not NOTHING or backing.failures:
-                return functools.partial(self._go_on_reading, handle, request, step, 0)
+                go_on(functools.partial(self._go_on_reading, handle, request, step, 0))
+                return
             # Most of them. The storage may have dropped what a failed writeback left in its cache; the log has it.
             before, end_before = written.overlapping(offset, offset + size), written.end
             work = Transfer(backing, offset, size)
             if not before:
                 work.reply = reply
         except Exception as error:  # noqa: BLE001 - a bug, for whoever asked
-            return functools.partial(self._raise, handle, request, error)
+            go_on(functools.partial(self._raise, handle, request, error))
+            return
 
         def landed(data: bytes | None) -> bool:
             self._apply(image, held.succeeded(request, self._now()))
@@ -229,7 +231,6 @@ class Requests:
 
         rest = functools.partial(self._go_on_reading, handle, request, NOTHING, 1)
         self._take_off(handle, request, work, landed, rest, go_on)
-        return None
 
     async def _go_on_reading(self, handle: Handle, request: Request, step: Step, begun: int) -> bytes:
         """What is left of a read's life after *step*, and after so many attempts that were begun."""
@@ -258,7 +259,7 @@ class Requests:
         data: bytes,
         answer: Callable[[int], object],
         go_on: Callable[[More[int]], object],
-    ) -> More[int] | None:
+    ) -> None:
         """The same for a write, as `begin_read`: *answer* is called with how many bytes were written, which is all of them."""
         image, backing, size = handle.image, handle.backing, len(data)
         held, end = image.held, offset + size
@@ -266,12 +267,14 @@ class Requests:
         request, step = held.arrive(Op.WRITE, offset, size, self._now())
         try:
             if step is not NOTHING or not self._is_plain(image, backing):
-                return functools.partial(self._go_on_writing, handle, request, step, 0, data)
+                go_on(functools.partial(self._go_on_writing, handle, request, step, 0, data))
+                return
             # Most of them. All that `_go_on_writing` does beyond this needs a reason, of which `_is_plain` finds none.
             errors = image.log.errors
             work = Transfer(backing, offset, size, data, image.set_id, end > image.size)
         except Exception as error:  # noqa: BLE001 - a bug, for whoever asked
-            return functools.partial(self._raise, handle, request, error)
+            go_on(functools.partial(self._raise, handle, request, error))
+            return
 
         def landed(_count: int) -> bool:
             self._written(handle, offset, data, errors)
@@ -281,7 +284,6 @@ class Requests:
 
         rest = functools.partial(self._go_on_writing, handle, request, NOTHING, 1, data)
         self._take_off(handle, request, work, landed, rest, go_on)
-        return None
 
     async def _go_on_writing(self, handle: Handle, request: Request, step: Step, begun: int, data: bytes) -> int:
         """What is left of a write's life after *step*, and after so many attempts that were begun."""

@@ -174,7 +174,7 @@ class BegunRequests(Requests):
         return await _begun(functools.partial(self.begin_write, handle, offset, data))
 
 
-async def _begun(begin: Callable[[Callable[[T], object], Callable[[More[T]], object]], More[T] | None]) -> T:
+async def _begun(begin: Callable[[Callable[[T], object], Callable[[More[T]], object]], None]) -> T:
     told: list[tuple[bool, object]] = []
     has_landed = trio.Event()
 
@@ -182,10 +182,9 @@ async def _begun(begin: Callable[[Callable[[T], object], Callable[[More[T]], obj
         told.append((is_answer, what))
         has_landed.set()
 
-    more = begin(functools.partial(tell, True), functools.partial(tell, False))  # noqa: FBT003
-    if more is not None:
-        return await more()
-    await has_landed.wait()
+    begin(functools.partial(tell, True), functools.partial(tell, False))  # noqa: FBT003
+    if not told:
+        await has_landed.wait()
     ((is_answer, what),) = told
     return what if is_answer else await what()  # type: ignore[return-value, operator]
 
