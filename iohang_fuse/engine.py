@@ -190,6 +190,8 @@ class _RingFlight(Flight["bytes | int | None"]):
             else:
                 work.backing.unsynced = True
                 engine.ring.write(self, description.fd, work.offset, work.data)
+                if work.size > LARGE_BYTES:
+                    engine.ring.hurry()  # the next one is received, which is a copy, while the kernel copies this one
         except BaseException:
             if work.backing.left(description):
                 engine.close_later(description.fd)

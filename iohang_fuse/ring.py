@@ -183,6 +183,7 @@ class Ring:
         self._sq_mask, self._cq_mask = self.entries - 1, params.cq_entries - 1
         self._tail = self._handed_over = words[self._sq_tail]
         self._head = words[self._cq_head]
+        self._is_cut = False  # a link, between what was handed over last and what is next
         self._buffers: list[_Buffer] = []
         self._lent: list[_Buffer] = []  # until the next `hand_over`
         self._order = threading.Lock()
@@ -260,20 +261,28 @@ class Ring:
         if self._lent:
             self._buffers += self._lent[: _MOST_BUFFERS - len(self._buffers)]
             self._lent.clear()
-        count = self._tail - self._handed_over & _MASK
-        self._words[self._sq_tail] = self._tail
-        while count:
-            taken = _enter(_ENTER, self._fd, count, 0, 0, None, 0)
-            if taken <= 0:
-                if taken < 0 and ctypes.get_errno() == errno.EINTR:
-                    continue
+        while self._tail != self._handed_over:
+            if not self._submit():
                 self._take_back()
                 return
-            count -= taken
-            self._handed_over = self._handed_over + taken & _MASK
-            if count and self._flags_of(self._handed_over - 1) & _SQE_LINK:
-                self._take_back()  # a read alone was taken: its reply, handed over now, would not wait for it
-                return
+
+    def hurry(self) -> None:
+        """Have the kernel begin with what is there, while others put more there. What it does not take waits for `hand_over`."""
+        self._submit()
+
+    def _submit(self) -> bool:
+        """Whether the kernel has taken all, or may take more."""
+        if self._is_cut:
+            return False
+        self._words[self._sq_tail] = self._tail
+        count = self._tail - self._handed_over & _MASK
+        while (taken := _enter(_ENTER, self._fd, count, 0, 0, None, 0)) <= 0:
+            if taken == 0 or ctypes.get_errno() != errno.EINTR:
+                return False
+        self._handed_over = self._handed_over + taken & _MASK
+        # A read alone was taken: its reply, handed over now, would not wait for it.
+        self._is_cut = taken < count and bool(self._flags_of(self._handed_over - 1) & _SQE_LINK)
+        return not self._is_cut
 
     def _flags_of(self, place: int) -> int:
         return int(self._sqes[(place & self._sq_mask) * _SQE_BYTES + 1])
@@ -285,6 +294,7 @@ class Ring:
             number = _SQE.unpack_from(self._sqes, (self._tail & self._sq_mask) * _SQE_BYTES)[-1]
             refused.append(_aloft.pop(number))
         self._words[self._sq_tail] = self._tail
+        self._is_cut = False
         for operation, data in reversed(refused):
             if type(operation) is _Replied and data is None and not operation.told:
                 # The read alone was taken, and nobody is told of it: its memory stays `_aloft`, a loss of a MiB at most.

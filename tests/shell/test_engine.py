@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -419,6 +420,21 @@ async def test_the_ring_is_used_and_no_thread(ring: Place) -> None:
     backing.close()
 
 
+async def test_a_large_write_is_begun_before_the_loop_s_turn_is_over(ring: Place) -> None:
+    """While the kernel copies it, the next one is received. Its result comes in a turn of the loop, as any."""
+    backing, data, told = ring.open(), os.urandom(1 << 20), []
+    ring.flight(backing, 0, len(data), data).take_off(told.append)
+    end_s = time.monotonic() + 20
+    while ring.path.read_bytes() != data:
+        assert time.monotonic() < end_s, "it waits for the loop"
+    assert told == []
+    with trio.fail_after(20):
+        while not told:
+            await trio.lowlevel.checkpoint()
+    assert told[0].unwrap() == 1 << 20
+    backing.close()
+
+
 async def test_what_was_read_may_go_at_once_to_who_has_asked(place: Place) -> None:
     """By the ring; where it is none, or not all of it could be had, the attempt has it. P6: "never passed on short"."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -608,15 +624,16 @@ async def test_what_the_ring_leaves_over_is_done_in_a_thread(
     backing.close()
 
 
+@pytest.mark.parametrize("size", [1, 1 << 20])
 async def test_what_the_kernel_has_no_memory_for_is_done_in_a_thread(
-    ring: Place, monkeypatch: pytest.MonkeyPatch
+    ring: Place, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """io_uring_enter(2) may fail; no attempt does for that."""
     monkeypatch.setattr(ring_module, "_enter", lambda *_: -1)
     backing = ring.open()
     with trio.fail_after(20):
-        assert await ring.write(backing, 0, b"x") == 1
-    assert ring.path.read_bytes()[:1] == b"x"
+        assert await ring.write(backing, 0, b"x" * size) == size
+    assert ring.path.read_bytes()[:size] == b"x" * size
     assert (ring.engine.on_ring.count, ring.engine.threads.count) == (0, 1)
     monkeypatch.undo()
     assert await ring.write(backing, 0, b"y") == 1, "and the next one goes on the ring again"

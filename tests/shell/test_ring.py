@@ -115,6 +115,21 @@ def test_what_is_done_while_nobody_waits_is_collected(ring: Ring, fd: int) -> No
     assert outcome.result == 4
 
 
+def test_what_is_hurried_is_begun_before_all_is_handed_over(ring: Ring, fd: int) -> None:
+    """And what is put there afterwards goes with all else."""
+    early, late = Outcome(), Outcome()
+    ring.write(early, fd, 0, b"early")
+    ring.hurry()
+    end_s = time.monotonic() + 20
+    while os.pread(fd, 5, 0) != b"early":
+        assert time.monotonic() < end_s, "it waits"
+    ring.write(late, fd, 5, b"late")
+    wait(ring, early, late)
+    assert (early.result, late.result, os.pread(fd, 9, 0)) == (5, 4, b"earlylate")
+    ring.hurry()  # nothing is there
+    assert ring.room == ENTRIES
+
+
 def test_what_was_done_before_one_waits_ends_the_wait(ring: Ring, fd: int) -> None:
     """P7: an answer that is there must not sleep until the next one comes."""
     for _ in range(300):
@@ -166,8 +181,14 @@ def test_large_reads_have_memory_of_their_own(tmp_path: Path) -> None:
         end_s = time.monotonic() + 20
         while any(outcome.result is None for outcome in outcomes) and time.monotonic() < end_s:
             ring.collect()  # and not `hand_over`, which takes the memory back
+        ring.hurry()  # does not take it back, either
+        ring.read(Outcome(), fd, 3, 1 << 20)
+        ring.hurry()
+        while not ring.is_done():
+            assert time.monotonic() < end_s
         assert all(bytes(data) == content[at : at + (1 << 20)] for at, data in kept)
         assert len(kept) == 30
+        ring.collect()
     ring.hand_over()
     assert len(ring._buffers) == ring_module._MOST_BUFFERS
     short = Outcome()
@@ -299,7 +320,11 @@ def test_before_linux_5_19_there_are_no_replies(
         near.recv(100)
 
 
+hurried = pytest.mark.parametrize("is_hurried", [False, True], ids=["handed over", "hurried"])
+
+
 @sizes
+@hurried
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_read_with_a_reply_that_is_not_taken_is_told_once(
     replying: Ring,
@@ -309,6 +334,7 @@ def test_a_read_with_a_reply_that_is_not_taken_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
     taken: int,
     size: int,
+    is_hurried: bool,  # noqa: FBT001 - a parameter
 ) -> None:
     """The kernel has no memory for both, or for the reply, which must not go out by itself then: nobody knows what it would say."""
     near, far = asker
@@ -323,10 +349,14 @@ def test_a_read_with_a_reply_that_is_not_taken_is_told_once(
     replying.read(outcome, content_fd, 7, size, (far, HEAD))
     with monkeypatch.context() as patch:
         patch.setattr(ring_module, "_enter", few)
+        if is_hurried:
+            replying.hurry()
+            assert outcome.result is None
+            replying.hurry()
         replying.hand_over()
     wait(replying, outcome)
     assert (outcome.result, outcome.data) == (-errno.EAGAIN, None if taken else b"")
-    assert len(calls) == 1
+    assert len(calls) == (3 if is_hurried and not taken else 1)
     assert replying.room == ENTRIES
     assert sum(one is not None for _, one in ring_module._aloft.values()) == before + taken, (
         "into which the kernel reads"
@@ -401,7 +431,13 @@ def test_no_operation_begins_in_the_system_call(ring: Ring, fd: int) -> None:
     wait(ring, *outcomes)
 
 
-def test_what_the_kernel_does_not_take_is_told_so(ring: Ring, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@hurried
+def test_what_the_kernel_does_not_take_is_told_so(
+    ring: Ring,
+    fd: int,
+    monkeypatch: pytest.MonkeyPatch,
+    is_hurried: bool,  # noqa: FBT001 - a parameter
+) -> None:
     """In its order, and what comes after it is handed over as ever."""
     real, calls, order = ring_module._enter, [], []
 
@@ -420,6 +456,9 @@ def test_what_the_kernel_does_not_take_is_told_so(ring: Ring, fd: int, monkeypat
         ring.read(outcome, fd, 0, 4)
     with monkeypatch.context() as patch:
         patch.setattr(ring_module, "_enter", one_alone)
+        if is_hurried:
+            ring.hurry()
+            assert order == []
         ring.hand_over()
     assert order == outcomes[1:]
     assert [outcome.result for outcome in order] == [-errno.EAGAIN] * 3
