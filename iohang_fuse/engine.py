@@ -190,13 +190,13 @@ class _RingFlight(Flight["bytes | int | None"]):
             else:
                 work.backing.unsynced = True
                 engine.ring.write(self, description.fd, work.offset, work.data)
-                if work.size > LARGE_BYTES:
-                    engine.ring.hurry()  # the next one is received, which is a copy, while the kernel copies this one
         except BaseException:
             if work.backing.left(description):
                 engine.close_later(description.fd)
             raise
         self._age = engine.on_ring.begin()
+        if work.data is not None and work.size > LARGE_BYTES:
+            engine.ring.hurry()  # the next one is received, which is a copy, while the kernel copies this one
 
     def done(self, result: int, data: bytes | None) -> None:
         """For the ring to call, on the event loop."""

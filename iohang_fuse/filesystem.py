@@ -297,11 +297,6 @@ class Filesystem(pyfuse3.Operations):
                 for parent, name in node.names:
                     receiver.forget_name(parent, name)
 
-    def _forget(self, inode: int, lookups: int) -> None:
-        node = self._inodes.forget(inode, lookups)
-        if node is not None:
-            self._discard(node.fd)
-
     def _entry(self, node: Node, attributes: os.stat_result, size: int | None = None) -> EntryAttributes:
         entry = EntryAttributes()
         image = self._requests.images.get(node.id)
@@ -344,7 +339,7 @@ class Filesystem(pyfuse3.Operations):
             except OSError:  # no descriptor left: another time
                 pass
             finally:
-                self._forget(known.id, 1)
+                self.forgotten(known.id, 1)
         if self._crowded(_TIGHT) and found.key not in self._inodes:
             await trio.sleep(_ROOM_S)
         entry = self._looked_up(found, parent_inode, name)
@@ -401,9 +396,11 @@ class Filesystem(pyfuse3.Operations):
         node.lookups += 1
         return self._entry(node, *remembered)
 
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        for inode, lookups in inode_list:
-            self._forget(inode, lookups)
+    def forgotten(self, inode: int, lookups: int) -> None:
+        """For the device, in place of `forget`: the kernel has forgotten so many of its *lookups*."""
+        node = self._inodes.forget(inode, lookups)
+        if node is not None:
+            self._discard(node.fd)
 
     @_translated
     async def mknod(

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import errno
 import fnmatch
-import functools
 import logging
 import math
 import os
@@ -57,7 +56,7 @@ from iohang_fuse.rehandle import Policy
 from iohang_fuse.requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -235,7 +234,10 @@ class Trigger:
 
     async def fault(self, call: Call) -> Rule | None:
         """The same once the rule's delay is over, and the rules that say `hang` are gone."""
-        rule = self.rule(call)
+        return await self.endured(call, self.rule(call))
+
+    async def endured(self, call: Call, rule: Rule | None) -> Rule | None:
+        """The same where the *rule* is known."""
         if rule is not None and rule.delay_s:
             await trio.sleep(rule.delay_s)
         while rule is not None and rule.hang:
@@ -342,14 +344,13 @@ class CachingFilesystem(Filesystem):
                 self._files.pop(file.inode, None)
         await super().release(fh)
 
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+    def forgotten(self, inode: int, lookups: int) -> None:
         """An error that nobody has seen ends with the inode: its number may soon be another file's."""
-        await super().forget(inode_list)
-        for inode, _ in inode_list:
-            try:
-                self._node(inode)
-            except OSError:
-                self._files.pop(inode, None)
+        super().forgotten(inode, lookups)
+        try:
+            self._node(inode)
+        except OSError:
+            self._files.pop(inode, None)
 
     # ---- data
 
@@ -358,14 +359,6 @@ class CachingFilesystem(Filesystem):
 
     def known_capability(self, _inode: int) -> bytes | int | None:
         return None  # rules come first
-
-    def begin_read(
-        self, fh: int, off: int, size: int, _reply: object, _answer: object, go_on: Callable[[Any], Any]
-    ) -> None:
-        go_on(functools.partial(self.read, fh, off, size))
-
-    def begin_write(self, fh: int, off: int, buf: bytes, _answer: object, go_on: Callable[[Any], Any]) -> None:
-        go_on(functools.partial(self.write, fh, off, buf))
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._cached.get(fh)
@@ -489,9 +482,15 @@ class FlakyFilesystem(CachingFilesystem):
     async def _obey(
         self, operation: str, path: str, offset: int = 0, length: int = 0, fh: int | None = None
     ) -> Rule | None:
-        rule = None
+        return await self._endure(*self._meet(operation, path, offset, length, fh), fh)
+
+    def _meet(self, operation: str, path: str, offset: int, length: int, fh: int | None) -> tuple[Call, Rule | None]:
+        call = Call(operation, path, [(offset, length)])
+        return call, None if fh in self._stale else self.trigger.rule(call)
+
+    async def _endure(self, call: Call, rule: Rule | None, fh: int | None) -> Rule | None:
         if fh not in self._stale:
-            rule = await self.trigger.fault(Call(operation, path, [(offset, length)]))
+            rule = await self.trigger.endured(call, rule)
             if rule is not None and rule.stale and fh is not None:
                 self._stale.add(fh)
         if fh in self._stale:
@@ -509,13 +508,27 @@ class FlakyFilesystem(CachingFilesystem):
     def _path_of_handle(self, fh: int) -> str:
         return self._requests.handles[fh].image.held.image
 
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        rule = await self._obey("read", self._path_of_handle(fh), off, size, fh)
-        return await super().read(fh, off, size if rule is None or rule.short is None else min(size, rule.short))
+    # Dice are thrown where a call begins, in the order of the calls: tasks run in any.
 
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        rule = await self._obey("write", self._path_of_handle(fh), off, len(buf), fh)
-        return await super().write(fh, off, buf if rule is None or rule.short is None else buf[: rule.short])
+    def begin_read(
+        self, fh: int, off: int, size: int, _reply: object, _answer: object, go_on: Callable[[Any], Any]
+    ) -> None:
+        call, rule = self._meet("read", self._path_of_handle(fh), off, size, fh)
+
+        async def read() -> bytes:
+            met = await self._endure(call, rule, fh)
+            return await self.read(fh, off, size if met is None or met.short is None else min(size, met.short))
+
+        go_on(read)
+
+    def begin_write(self, fh: int, off: int, buf: bytes, _answer: object, go_on: Callable[[Any], Any]) -> None:
+        call, rule = self._meet("write", self._path_of_handle(fh), off, len(buf), fh)
+
+        async def write() -> int:
+            met = await self._endure(call, rule, fh)
+            return await self.write(fh, off, buf if met is None or met.short is None else buf[: met.short])
+
+        go_on(write)
 
     async def release(self, fh: int) -> None:
         await self._obey("release", self._path_of_handle(fh))

@@ -308,12 +308,14 @@ class Device:
         begin(answer, go_on)
 
     async def _finish(self, more: _More, tell: Callable[[int, Any], None], unique: int) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()  # no attempt goes out after the end of the server
         try:
-            result = await more()
+            tell(unique, await more())
         except pyfuse3.FUSEError as error:
             self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
-        else:
-            tell(unique, result)
+        except Exception:  # a bug costs one request, not the mount (P11)
+            log.exception("a bug in answering a request; the mount stays")
+            self._send(_ANSWER.pack(_ANSWER.size, -errno.EIO, unique))
 
     def _has_landed(self) -> None:
         self._aloft -= 1
@@ -322,7 +324,11 @@ class Device:
 
     def _tell_capability(self, unique: int, node: int) -> bool:
         """Whether it is known: the kernel asks for it before every write that goes through its page cache."""
-        known: bytes | int | None = self._operations.known_capability(node)
+        try:
+            known: bytes | int | None = self._operations.known_capability(node)
+        except Exception:
+            log.exception("a bug in what is known of node %d; the mount stays", node)
+            return False
         if known is None:
             return False
         (room,) = _COUNT.unpack_from(self._header, _HEADER_BYTES)
@@ -344,8 +350,11 @@ class Device:
         self._send(_WRITTEN.pack(_WRITTEN.size, 0, unique, count, 0))
 
     def _forget(self, nodes: Sequence[tuple[int, int]]) -> None:
-        assert self._nursery is not None
-        self._nursery.start_soon(self._operations.forget, nodes)  # nobody waits for an answer
+        for node, lookups in nodes:
+            try:
+                self._operations.forgotten(node, lookups)
+            except Exception:  # a bug costs one node, not the mount (P11)
+                log.exception("a bug in forgetting node %d; the mount stays", node)
 
     def _tell(self, unique: int, data: bytes) -> None:
         try:

@@ -206,7 +206,8 @@ class Requests:
         request, step = held.arrive(Op.READ, offset, size, self._now())
         try:
             if step is not NOTHING or backing.failures:
-                go_on(functools.partial(self._go_on_reading, handle, request, step, 0))
+                self._apply(image, step)
+                go_on(functools.partial(self._go_on_reading, handle, request, NOTHING, 0))
                 return
             # Most of them. The storage may have dropped what a failed writeback left in its cache; the log has it.
             before, end_before = written.overlapping(offset, offset + size), written.end
@@ -267,7 +268,8 @@ class Requests:
         request, step = held.arrive(Op.WRITE, offset, size, self._now())
         try:
             if step is not NOTHING or not self._is_plain(image, backing):
-                go_on(functools.partial(self._go_on_writing, handle, request, step, 0, data))
+                self._apply(image, step)
+                go_on(functools.partial(self._go_on_writing, handle, request, NOTHING, 0, data))
                 return
             # Most of them. All that `_go_on_writing` does beyond this needs a reason, of which `_is_plain` finds none.
             errors = image.log.errors

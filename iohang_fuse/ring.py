@@ -257,7 +257,10 @@ class Ring:
         return number
 
     def hand_over(self) -> None:
-        """Give the kernel what was put on the ring. What it does not take, for want of memory, is done with EAGAIN."""
+        """Give the kernel what was put on the ring. What it does not take, for want of memory, is done with EAGAIN.
+
+        So is what comes after it.
+        """
         if self._lent:
             self._buffers += self._lent[: _MOST_BUFFERS - len(self._buffers)]
             self._lent.clear()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from contrib.bench.isolation import BLOCK, Client
 from tests.harness import FlakySource, Mount, mounted_at, wait_until
 from tests.mount.callers import outcome
 
@@ -342,6 +343,27 @@ def test_with_the_same_seed_the_same_calls_fail(tmp_path: Path) -> None:
     seed = int(said.rsplit("; seed ", 1)[1].split()[0])
     assert outcomes("log2", seed)[0] == first
     assert outcomes("log3", seed + 1)[0] != first
+
+
+def test_with_the_same_seed_the_same_of_many_at_once_fail(tmp_path: Path) -> None:
+    """rehearsing.rst: "the same dice again, for the same calls in the same order": a guest has a queue of them."""
+    count = 64
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.img").write_bytes(bytes(count * BLOCK))
+    (tmp_path / "trigger").write_text("read,write * errno=EIO chance=0.5\n")
+
+    def failed(name: str, kind: str) -> list[int]:
+        with FlakySource(
+            tmp_path / "real", tmp_path / "source", tmp_path / "trigger", tmp_path / name, seed=7
+        ) as flaky:
+            client = Client(flaky.mountpoint / "a.img", kind, count)
+            client.run()
+            return [number for number, request in enumerate(client.requests) if request.result != BLOCK]
+
+    for kind in ("read", "write"):
+        first = failed(f"{kind}1", kind)
+        assert 10 < len(first) < 54
+        assert [failed(f"{kind}{again}", kind) for again in range(2, 5)] == [first] * 3
 
 
 # ---- the page cache

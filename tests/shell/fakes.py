@@ -179,6 +179,7 @@ async def _begun(begin: Callable[[Callable[[T], object], Callable[[More[T]], obj
     has_landed = trio.Event()
 
     def tell(is_answer: bool, what: object) -> None:  # noqa: FBT001
+        assert not told, "told twice"
         told.append((is_answer, what))
         has_landed.set()
 

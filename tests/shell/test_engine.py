@@ -435,6 +435,35 @@ async def test_a_large_write_is_begun_before_the_loop_s_turn_is_over(ring: Place
     backing.close()
 
 
+async def test_what_the_ring_has_done_is_told_before_anything_else_in_that_turn(ring: Place) -> None:
+    """A guest is woken once for all of it, because nothing new is taken before that is answered (receiver.py, point 5)."""
+    assert ring.engine.ring is not None
+    near, far = socket.socketpair()
+    backing = ring.open()
+    seen = []
+
+    async def take(told: list[object]) -> None:
+        await trio.lowlevel.wait_readable(near)
+        near.recv(1)
+        seen.append(len(told))
+
+    for _ in range(20):  # trio has no order for those of one turn
+        told: list[object] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take, told)
+            await trio.testing.wait_all_tasks_blocked(0.001)
+            ring.flight(backing, 0, 10).take_off(told.append)
+            ring.engine.ring.hand_over()
+            end_s = time.monotonic() + 20
+            while not ring.engine.ring.is_done():
+                assert time.monotonic() < end_s
+            far.send(b"x")
+    assert seen == [1] * 20
+    backing.close()
+    near.close()
+    far.close()
+
+
 async def test_what_was_read_may_go_at_once_to_who_has_asked(place: Place) -> None:
     """By the ring; where it is none, or not all of it could be had, the attempt has it. P6: "never passed on short"."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

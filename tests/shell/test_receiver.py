@@ -20,7 +20,7 @@ import trio
 from iohang_fuse.receiver import IN_A_ROW, LARGE_BYTES, Device, Gate
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 
 MIB = 1 << 20
@@ -44,7 +44,8 @@ class Operations:
         self.rounds = Rounds()
         self.did: list[tuple[str, int, int]] = []  # ("take" or "answer", which request, in which round)
         self.written: list[tuple[int, int, bytes]] = []
-        self.forgotten: list[tuple[int, int]] = []
+        self.forgets: list[tuple[int, int]] = []
+        self.bugs: set[int] = set()  # nodes
         self.error = 0
         self.capability: bytes | int | None = None
         # Of what no task waits for, by the read's number or the write's offset: answer, go_on, and the reply or the data.
@@ -90,10 +91,14 @@ class Operations:
         go_on(write)
 
     def known_capability(self, node: int) -> bytes | int | None:
+        if node in self.bugs:
+            raise ZeroDivisionError
         return self.capability if node == 1 else None
 
-    async def forget(self, nodes: Sequence[tuple[int, int]]) -> None:
-        self.forgotten += nodes
+    def forgotten(self, node: int, lookups: int) -> None:
+        if node in self.bugs:
+            raise ZeroDivisionError
+        self.forgets.append((node, lookups))
 
 
 class Kernel:
@@ -327,8 +332,33 @@ async def test_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         await trio.testing.wait_all_tasks_blocked(0.01)
         kernel.hear()
-    assert kernel.operations.forgotten == [(9, 3), *many]
+    assert kernel.operations.forgets == [(9, 3), *many]
     assert kernel.answers == {}
+
+
+async def test_what_is_forgotten_is_so_before_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes next finds it done: rmdir(2) on NFS, for example, for which all descriptors must have been closed."""
+    seen = []
+    async with mounted(monkeypatch) as kernel:
+        kernel.reply = lambda message: seen.append(len(kernel.operations.forgets)) or answer(unique_of(message))
+        for number in range(1, 21):  # trio has no order for tasks of one turn
+            kernel.send(FORGET, 0, struct.pack("=Q", 1), node=number)
+            kernel.send(RELEASE, number, bytes(24))
+            await kernel.answered(number)
+    assert seen == [*range(1, 21)]
+
+
+async def test_a_bug_in_forgetting_costs_one_node(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P11: the rest of the message is not lost, and nobody the mount."""
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.bugs = {6}
+        kernel.send(BATCH_FORGET, 0, struct.pack("=II", 3, 0) + struct.pack("=6Q", 5, 1, 6, 2, 7, 3))
+        kernel.ask(1)
+        await kernel.answered(1)
+    assert kernel.operations.forgets == [(5, 1), (7, 3)]
+    assert "a bug in forgetting node 6" in caplog.text
 
 
 async def test_all_others_are_pyfuse3s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +471,49 @@ async def test_a_bug_in_answering_does_not_keep_the_end_waiting(monkeypatch: pyt
         assert kernel.answers == {1: (-errno.EIO, b""), 2: (0, b"xxxx")}
 
 
+async def test_a_bug_in_a_task_costs_one_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P11: neither what comes of it nor telling that ends the mount, and nobody waits for ever (P8)."""
+
+    async def bug() -> bytes:
+        raise ZeroDivisionError
+
+    async def no_bytes() -> int:
+        return 7
+
+    async with mounted(monkeypatch) as kernel:
+        kernel.operations.begun = table = {}
+        kernel.ask(1, 2, 3, size=4)
+        await begun(kernel, 1, 2, 3)
+        table[1][1](bug)
+        table[2][1](no_bytes)
+        await kernel.answered(1, 2)
+        table[3][0](b"xxxx")
+        await kernel.answered(3)
+        assert kernel.answers == {1: (-errno.EIO, b""), 2: (-errno.EIO, b""), 3: (0, b"xxxx")}
+    assert caplog.text.count("a bug in answering a request") == 2
+
+
+async def test_nothing_begins_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P5: what a task is to do, and has not begun when all is cancelled, is not done: nobody would hear of it."""
+    did = []
+
+    async def late() -> bytes:
+        did.append("late")
+        return b"xxxx"
+
+    with trio.CancelScope() as scope:
+        async with mounted(monkeypatch) as kernel:
+            kernel.operations.begun = table = {}
+            kernel.ask(1, size=4)
+            await begun(kernel, 1)
+            table[1][1](late)
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+    assert did == []
+
+
 async def test_a_capability_that_is_known_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel asks before every write by its page cache. Everything else about it is pyfuse3's."""
 
@@ -469,7 +542,9 @@ async def test_a_capability_that_is_known_is_told_at_once(monkeypatch: pytest.Mo
         ]
         kernel.operations.capability = None
         others.append(ask(9, 100))
-        await kernel.answered(6, 7, 8, 9)
+        kernel.operations.bugs = {3}
+        others.append(ask(10, 100, node=3))
+        await kernel.answered(6, 7, 8, 9, 10)
         assert kernel.for_pyfuse3 == others
 
 

@@ -22,7 +22,7 @@ import trio.testing
 from iohang_fuse.backing import Backing
 from iohang_fuse.commands import About, Commands
 from iohang_fuse.engine import Abandoned, Engine
-from iohang_fuse.events import HangBegan, HangEnded, Op, TimedOut
+from iohang_fuse.events import HangBegan, HangEnded, HeldLimitReached, Op, TimedOut
 from iohang_fuse.images import Image
 from iohang_fuse.rehandle import HeldBytes
 from iohang_fuse.source import SERVER, Opened
@@ -784,6 +784,27 @@ async def test_a_hang_begins_before_it_is_ended(
     assert caught.value.errno == errno.EIO
     assert [type(event) for event in shell.events].index(HangBegan) == 0
     assert HangEnded in [type(event) for event in shell.events]
+
+
+async def test_what_an_arrival_leads_to_is_done_before_it_goes_on(
+    nursery: trio.Nursery, autojump_clock: MockClock, held_flights: list[_Held]
+) -> None:
+    """P5, P9: between that and the task that goes on, others change the rehandle list. Here: there is no room for its data."""
+    shell = Shell.on(nursery, policy(recovery_gate=1), held_limit=4096)
+    shell.requests.begin_write(shell.handle, 0, bytes(4096), _ignore, _ignore)
+    held_flights[0].arrive(outcome.Error(OSError(errno.EIO, "failed")))
+    assert shell.held.sick
+    seen: list[list[type]] = []
+    for number in range(1, 10):
+        shell.requests.begin_write(
+            shell.handle,
+            number * 4096,
+            bytes(4096),
+            _ignore,
+            lambda _: seen.append([type(each) for each in shell.events]),
+        )
+    first = next(types for types in seen if len(types) > 1)
+    assert first == [HangBegan, HeldLimitReached]
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE])

@@ -344,17 +344,19 @@ def test_a_read_with_a_reply_that_is_not_taken_is_told_once(
         calls.append(count)
         return real(number, ring_fd, 1, *rest) if taken else -1  # and another one, if it is asked again
 
-    outcome, more = Outcome(), Outcome()
+    outcome, behind, more = Outcome(), Outcome(), Outcome()
     before = len(ring_module._aloft)
     replying.read(outcome, content_fd, 7, size, (far, HEAD))
     with monkeypatch.context() as patch:
         patch.setattr(ring_module, "_enter", few)
         if is_hurried:
             replying.hurry()
-            assert outcome.result is None
+            replying.write(behind, far, 0, b"behind it")
             replying.hurry()
+            assert (outcome.result, behind.result) == (None, None)
         replying.hand_over()
     wait(replying, outcome)
+    assert behind.result == (-errno.EAGAIN if is_hurried else None), "it comes after what was not taken"
     assert (outcome.result, outcome.data) == (-errno.EAGAIN, None if taken else b"")
     assert len(calls) == (3 if is_hurried and not taken else 1)
     assert replying.room == ENTRIES
