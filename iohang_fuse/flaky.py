@@ -360,6 +360,8 @@ class CachingFilesystem(Filesystem):
     def known_capability(self, _inode: int) -> bytes | int | None:
         return None  # rules come first
 
+    # Of `begin_read` and `begin_write`, which lead here, see FlakyFilesystem: rules come first.
+
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._cached.get(fh)
         if handle is None:

@@ -314,7 +314,7 @@ class Device:
         except pyfuse3.FUSEError as error:
             self._send(_ANSWER.pack(_ANSWER.size, -error.errno, unique))
         except Exception:  # a bug costs one request, not the mount (P11)
-            log.exception("a bug in answering a request; the mount stays")
+            log.exception("a bug in answering a request, which gets EIO; the mount stays")
             self._send(_ANSWER.pack(_ANSWER.size, -errno.EIO, unique))
 
     def _has_landed(self) -> None:
